@@ -1,4 +1,4 @@
-"""What a compiled program exchanges between devices: number, size and place of its collectives, read from its text."""
+"""Collectives of a compiled program: their kinds, sizes and number, parsed from its HLO text."""
 
 import math
 import re
@@ -23,8 +23,8 @@ class Collective(NamedTuple):
         kind: One of `KINDS`.
         shapes: Shapes of its results, on one device.
         bytes: Bytes of its results, on one device.
-        times: How often a run of the program does it, as far as the lengths of its loops are known.
-        loops: How many loops it is inside of.
+        times: Number of executions in one run of the program, where loops of unknown length count as one iteration.
+        loops: Number of loops around it.
     """
 
     kind: str
@@ -38,10 +38,10 @@ def collectives(text: str) -> list[Collective]:
     """The collectives of a compiled program.
 
     Args:
-        text: Of `compiled.as_text()`.
+        text: The HLO text, `compiled.as_text()`.
 
     Returns:
-        Each once, with how often it runs.
+        Each collective instruction once.
 
     Examples:
         >>> collectives('''
@@ -62,7 +62,7 @@ def collectives(text: str) -> list[Collective]:
             kind = next((kind for kind in KINDS if re.search(rf"[\s)}}\]]{kind}(-start)?\(", result)), None)
             if kind is not None:
                 exchanges.append(_collective(kind, result, times, loops))
-                continue  # what it applies to pairs of numbers exchanges nothing
+                continue  # the computation that it applies to pairs of numbers has no collectives
             inner = " while(" in result
             trips = _TRIPS.search(line)
             count = int(trips[1]) if inner and trips else 1
@@ -75,7 +75,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def summary(collectives: Iterable[Collective]) -> dict[str, tuple[int, int]]:
-    """For each kind that there is, how many a run does, and the bytes of all their results.
+    """Number of executions per run and total bytes of results, for each kind that occurs.
 
     Examples:
         >>> summary([Collective("all-gather", ((4,),), 16, 3, 1), Collective("all-gather", ((2,),), 8, 1, 0)])

@@ -1,7 +1,7 @@
-"""Errors that a user can mend, as opposed to bugs.
+"""Errors that the user can correct, as opposed to bugs.
 
-The command line prints a `UserError` as one line, `error: ...`, and leaves with exit code 2; anything else is a
-bug and keeps its traceback.
+The command line prints a `UserError` as one line, `error: ...`, and exits with code 2; other exceptions are bugs and
+keep their traceback.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """The request cannot be done as asked; the message names what was wrong and what would be right.
+    """A request that cannot be carried out; the message names the invalid value and a valid one.
 
     Examples:
         >>> raise UserError("frames is 0; it must be at least 1")
@@ -32,18 +32,18 @@ def require(condition: bool, message: str) -> None:
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """A text out of a file for a message: on one line, without what steers a terminal, and not for ever.
+    """Makes text from a file safe to print: on one line, without control characters, of limited length.
 
     Examples:
         >>> printable("blocks.0\\x1b[2J\\n")
         'blocks.0\\\\x1b[2J\\\\n'
 
     Args:
-        text: Anything, halves of surrogate pairs included, as names of files that are not UTF-8 have them.
-        limit: Characters to keep.
+        text: Any string, including the lone surrogates in file names that are not UTF-8.
+        limit: Largest number of characters of `text` to keep.
 
     Returns:
-        The text; characters that cannot be printed are written as in Python.
+        The text, with unprintable characters as Python escapes.
     """
     kept = text if len(text) <= limit else f"{text[: limit - 3]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in kept)
@@ -80,10 +80,10 @@ _FULL_TEXTS = {
 
 
 def disk_full_reason(error: BaseException) -> str | None:
-    """Tells whether an error, or one of its causes, means that there is no room to write.
+    """Recognises errors that were caused by a full disk, a quota or a file size limit.
 
-    Storage libraries report a full disk as errors of their own whose text holds the system's message, so the
-    text counts as well as `OSError.errno`.
+    Storage libraries wrap the system's error in exceptions of their own, so the text of the exception and of its causes
+    is searched as well as `OSError.errno`.
 
     Args:
         error: Any exception.
@@ -117,12 +117,11 @@ def report_full_disk(
 
     Args:
         path: What was being written.
-        kept: What is still safe, such as "the checkpoint of step 20 is kept", or a function that says so when it has
-            happened.
-        then: What to do about it.
+        kept: Text on what was saved, such as "the checkpoint of step 20 is kept", or a function that returns it.
+        then: Advice to the user.
 
     Raises:
-        DiskFullError: If writing failed for want of room.
+        DiskFullError: If writing failed because the disk, a quota or a file size limit was reached.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Files and folders that are unfinished, temporary, left behind, or not meant to be there."""
+"""Unfinished and temporary files and folders, and files of the operating system that should be ignored."""
 
 import contextlib
 import fcntl
@@ -48,31 +48,31 @@ _LITTER_ENDINGS = (
 
 
 def unfinished(path: Path) -> Path:
-    """Where this process writes a file until it is complete; what a killed process left behind ends in .part, too.
+    """The path at which this process writes a file until it is complete, `NAME.PROCESS.part`.
 
     Examples:
         >>> unfinished(Path("cat.mp4")).name == f"cat.mp4.{os.getpid()}.part"
         True
     """
-    # with the process's number: two that write the same file would spoil each other's
+    # includes the process id, so that two processes can write the same file
     return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 
 @contextlib.contextmanager
 def growing(path: Path) -> Iterator[Path]:
-    """Makes `unfinished(path)` and keeps it locked inside the block, so that nobody takes it for an abandoned one.
+    """Creates `unfinished(path)`, locked inside the block so that it is not taken for an abandoned file.
 
-    What is left of it at the end is removed; move it to its name before. Parts of the same file that killed processes
-    left behind are removed first.
+    Rename it before the block ends: it is removed then. Parts of the same file that killed processes left behind are
+    removed first.
 
     Args:
-        path: The file to be; its folder must exist.
+        path: The final path; its folder must exist.
 
     Yields:
-        The file to write to.
+        The path to write to.
 
     Raises:
-        OSError: If it cannot be made.
+        OSError: If it cannot be created.
     """
     remove_abandoned(path.parent, name=path.name)
     part = unfinished(path)
@@ -87,14 +87,14 @@ def growing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, name: str) -> Iterator[None]:
-    """Keeps a folder to one process inside the block; the lock ends with the process, too.
+    """Locks a folder for this process inside the block; the lock is also released if the process dies.
 
     Args:
         folder: An existing folder.
-        name: What the error calls it.
+        name: Name of the option that gives it, for the error.
 
     Raises:
-        UserError: If another process has it.
+        UserError: If another process holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -112,18 +112,17 @@ def locked(folder: Path, *, name: str) -> Iterator[None]:
 
 
 def remove_abandoned(folder: Path, *, name: str | None = None) -> list[Path]:
-    """Removes what a killed process left behind: files that grew, `NAME.PROCESS.part`, folders `NAME.partial-PROCESS`.
+    """Removes the files `NAME.PROCESS.part` and folders `NAME.partial-PROCESS` that killed processes left behind.
 
-    One is abandoned if no process of this machine has its number and nobody holds a lock on it: who writes one holds
-    it, also from another machine or container. A number that another process has by now keeps the file, and so does
-    a file system without locks.
+    They are abandoned if no process of this machine has that id and nobody holds a lock on them; their writers do, also
+    from another machine or container. They are kept if the id has been reused or the file system has no locks.
 
     Args:
-        folder: Where to look; one that is not there has none.
-        name: The name of the finished file or folder; None looks at all.
+        folder: The folder to search; it need not exist.
+        name: Name of the finished file or folder; None for all names.
 
     Returns:
-        What was removed.
+        The removed paths.
     """
     removed = []
     with contextlib.suppress(OSError):
@@ -140,16 +139,16 @@ def remove_abandoned(folder: Path, *, name: str | None = None) -> list[Path]:
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder of this process in the system's directory for temporary files; it is removed at the end of the block.
+    """A folder in the system's directory for temporary files, removed at the end of the block.
 
-    Those that killed processes of this user left behind are removed first. A folder counts as left behind under the
-    conditions of `remove_abandoned`: its process does not run any more, and nobody holds the lock on it.
+    Folders that killed processes of this user left behind are removed first, under the conditions of
+    `remove_abandoned`: the process no longer runs, and nobody holds the lock.
 
     Yields:
         The folder.
 
     Raises:
-        OSError: If it cannot be made.
+        OSError: If it cannot be created.
     """
     with contextlib.suppress(OSError):
         for path in Path(tempfile.gettempdir()).glob("monarchrt-*"):
@@ -203,7 +202,7 @@ def _remove_unlocked(path: Path) -> bool:
 
 
 def decoded(content: bytes, *, name: str) -> str:
-    """Text that a person wrote: UTF-8, or UTF-16 or UTF-32 with their mark, as Windows editors write them.
+    """Decodes a text file: UTF-8, or UTF-16 or UTF-32 with a byte order mark, as Windows editors write them.
 
     Examples:
         >>> decoded("a cat".encode("utf-16"), name="caption cat.txt")
@@ -216,13 +215,13 @@ UTF-8, for example with iconv -f CP1252 -t UTF-8
 
     Args:
         content: Content of the file.
-        name: What it is, for errors.
+        name: Description of the file, for errors.
 
     Returns:
-        The text, without a mark.
+        The text, without a byte order mark.
 
     Raises:
-        UserError: If it is in another encoding; names the one that it is probably in.
+        UserError: If it is in another encoding; the message names the likely one.
     """
     encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
     wrong = "ends within a character"
@@ -245,7 +244,7 @@ UTF-8, for example with iconv -f CP1252 -t UTF-8
 
 
 def _likely_encoding(content: bytes) -> tuple[str, ...]:
-    """The encodings that text without a mark, which is not UTF-8, is probably in; none if nothing speaks for one."""
+    """Likely encodings of text that is not UTF-8 and has no byte order mark; empty if none is likely."""
     even, odd = content[::2].count(0), content[1::2].count(0)
     if 0 in content:
         utf16 = "utf-16-be" if even > odd else "utf-16-le"
@@ -264,7 +263,7 @@ def _is_text(content: bytes, encoding: str) -> bool:
 
 
 def is_litter(path: Path) -> bool:
-    """Whether a file is none that a person put there: hidden, of the system, or an unfinished download.
+    """Whether a file was not put there by a person: a hidden file, one of the system, or an unfinished download.
 
     macOS writes `._cat.mp4` beside cat.mp4 on disks that are not its own, and .DS_Store; Windows writes Thumbs.db and
     desktop.ini, its editors ~$notes; browsers write cat.mp4.crdownload and cat.mp4.part.
@@ -279,7 +278,7 @@ def is_litter(path: Path) -> bool:
 
 
 def listed(folder: Path) -> list[Path]:
-    """What is in a folder, by name, without litter.
+    """The contents of a folder sorted by name, without litter (`is_litter`).
 
     Args:
         folder: An existing folder.
@@ -295,14 +294,20 @@ def listed(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name only when the block ends well and is removed otherwise.
+    """A folder to write to, which gets its final name if the block succeeds and is removed otherwise.
 
-    What killed processes left of the same folder is removed first; this one is locked while it is filled, so that
-    nobody takes it for abandoned.
+    What killed processes left of the same folder is removed first. The folder is locked inside the block so that it is
+    not taken for abandoned.
+
+    Args:
+        path: The final path; it must not exist, or be an empty folder.
+
+    Yields:
+        The folder to write to.
 
     Raises:
-        ValueError: If `path` is a file or a folder with something in it, or no folder can be made there.
-        DiskFullError: If there was no room for what the block writes.
+        ValueError: If `path` is a file or a folder that is not empty, or cannot be created.
+        DiskFullError: If the disk is full.
     """
     path = Path(path).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

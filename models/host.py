@@ -1,4 +1,4 @@
-"""Arrays of a running program that are handed to the host pass through a CPU device: whether there is one."""
+"""Check for the CPU device that host callbacks of a running program need."""
 
 import jax
 
@@ -6,10 +6,10 @@ from monarchrt.models.errors import UserError
 
 
 def check_host(what: str) -> None:
-    """Refuses to hand arrays on where JAX has no CPU device.
+    """Raises UserError if JAX has no CPU device, through which arrays pass from a running program to the host.
 
     Args:
-        what: Who hands them on, the subject of the message.
+        what: Name of the feature, the subject of the message.
 
     Raises:
         UserError: If `JAX_PLATFORMS` leaves the CPU out.

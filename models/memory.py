@@ -1,17 +1,17 @@
-"""Memory: what a device has, and what a compiled program takes on each, also on devices that are not there."""
+"""Memory of devices and of compiled programs, also of programs compiled for devices that are not present."""
 
 import os
 from typing import Any, NamedTuple
 
 
 class Memory(NamedTuple):
-    """Bytes on one device.
+    """Bytes that a program needs on one device.
 
     Attributes:
-        arguments: What it is given.
-        results: What it returns, less what lies where an argument was.
-        temporary: What it needs meanwhile.
-        code: The program itself.
+        arguments: Its arguments.
+        results: Its results, without those that reuse the memory of donated arguments.
+        temporary: Its temporary buffers.
+        code: Its code.
     """
 
     arguments: int
@@ -21,12 +21,12 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it: the most that is held at a time."""
+        """The sum, which is the peak."""
         return sum(self)
 
 
 def reported(program: Any) -> Memory | None:
-    """The memory of a compiled program, as `memory`; None where the backend's compiler says nothing of it."""
+    """As `memory`, but None if the backend's compiler does not report it."""
     try:
         analysis = program.memory_analysis()
     except NotImplementedError:
@@ -35,7 +35,7 @@ def reported(program: Any) -> Memory | None:
 
 
 def device_memory(device: Any) -> int:
-    """Bytes that arrays on a device can take: on a CPU its share of the machine's memory, if several stand for it.
+    """Bytes available to arrays on a device; for a CPU device, the machine's memory divided among its CPU devices.
 
     Examples:
         >>> import jax
@@ -53,7 +53,10 @@ def memory(program: Any) -> Memory:
     """The memory of a compiled program.
 
     Args:
-        program: Of `jax.jit(f).lower(...).compile()`; of a mesh, the figures are those of each device.
+        program: The result of `jax.jit(f).lower(...).compile()`.
+
+    Returns:
+        Bytes on each device.
 
     Examples:
         >>> import jax
@@ -73,7 +76,7 @@ def _taken(analysis: Any) -> Memory:
 
 
 def shown(count: int) -> str:
-    """Bytes in three digits, such as 1.42 GiB; - for none.
+    """Formats bytes with three digits, such as 1.42 GiB; "-" for 0.
 
     Examples:
         >>> shown(3 * 2**29), shown(0)

@@ -1,4 +1,4 @@
-"""The shape of a mesh of devices, `data=2,fsdp=4,heads=2`, as an option says it. Nothing here imports JAX."""
+"""The shape of a mesh of devices in the notation of the options, `data=2,fsdp=4,heads=2`. Does not import JAX."""
 
 import math
 import re
@@ -13,12 +13,12 @@ _MEANING = "data (parts of the batch), fsdp (parts of the batch and of the weigh
 
 @dataclass(frozen=True, kw_only=True)
 class MeshShape:
-    """Devices along each axis of a mesh.
+    """The number of devices along each axis of a mesh.
 
     Attributes:
-        data: Parts of the batch, each with weights of its own.
-        fsdp: Parts of the batch, which share one copy of the weights and of the training state.
-        heads: Parts of every clip: of its tokens outside of attention, of its heads inside.
+        data: Splits the batch; weights are replicated.
+        fsdp: Splits the batch, and the weights and the training state.
+        heads: Splits each clip: its tokens outside of attention, its heads inside.
 
     Examples:
         >>> shape = MeshShape.parse("data=2,heads=3")
@@ -35,11 +35,14 @@ class MeshShape:
         """Reads the notation.
 
         Args:
-            text: Axes that are left out are 1; one may be -1: what is left of the devices.
-            devices: How many there are; None if that is not known yet, so that -1 counts as 1.
+            text: Axes with their sizes; missing axes are 1, and one may be -1 for all remaining devices.
+            devices: Number of devices; None if it is not known yet, and -1 then counts as 1.
+
+        Returns:
+            The shape.
 
         Raises:
-            UserError: If it cannot be read, or is not of as many devices as there are.
+            UserError: If the text is invalid, or the shape does not have `devices` devices.
 
         Examples:
             >>> MeshShape.parse("heads=2,fsdp=-1", devices=8).fsdp
@@ -71,16 +74,16 @@ class MeshShape:
 
     @property
     def size(self) -> int:
-        """Devices in all."""
+        """Number of devices."""
         return self.data * self.fsdp * self.heads
 
     @property
     def batch_parts(self) -> int:
-        """Parts that a batch is split in."""
+        """Number of parts that a batch is split into."""
         return self.data * self.fsdp
 
     def sizes(self) -> tuple[int, int, int]:
-        """In the order of `AXES`."""
+        """Sizes in the order of `AXES`."""
         return self.data, self.fsdp, self.heads
 
     def __str__(self) -> str:
@@ -88,7 +91,7 @@ class MeshShape:
         return ",".join(f"{name}={size}" for name, size in sizes if size > 1) or "data=1"
 
     def check_batch(self, batch: int, *, accumulation: int = 1) -> None:
-        """Raises UserError unless every device gets an equal part of each part of an accumulation."""
+        """Raises UserError unless the batch divides evenly into parts of the accumulation and of the mesh."""
         parts = self.batch_parts * accumulation
         if batch % parts:
             among = f"mesh {self}" if self.heads > 1 else _devices(self.size)
@@ -106,7 +109,7 @@ class MeshShape:
             )
 
     def check_one_clip(self) -> None:
-        """Raises UserError if parts of a batch are asked for where one video is made."""
+        """Raises UserError if the axis data, which splits batches, is used to generate a single video."""
         if self.data > 1:
             raise UserError(
                 f"mesh is {self}, but one video is made at a time, which data={self.data} cannot split; use heads, "
@@ -115,12 +118,18 @@ class MeshShape:
 
 
 def mesh_shape(mesh: str | None, *, devices: int, sharding: str = "replicated") -> MeshShape:
-    """The shape that the options ask for, `--mesh` or the short form `--sharding`.
+    """The shape given by the option `--mesh` or its short form `--sharding`.
 
     Args:
-        mesh: As `MeshShape.parse`; None for the short form.
-        devices: How many there are.
-        sharding: All devices along data (replicated) or along fsdp.
+        mesh: Text for `MeshShape.parse`; None to use `sharding`.
+        devices: Number of devices.
+        sharding: "replicated" for all devices along data, "fsdp" for all along fsdp.
+
+    Returns:
+        The shape.
+
+    Raises:
+        UserError: As in `MeshShape.parse`.
 
     Examples:
         >>> print(mesh_shape(None, devices=4, sharding="fsdp"))
@@ -136,7 +145,7 @@ def _devices(count: int) -> str:
 
 
 def _choices(asked: MeshShape, devices: int) -> str:
-    """Meshes of so many devices, those along the axes that were asked for first."""
+    """Suggests meshes of this many devices, beginning with those along the requested axes."""
     if devices == 1:
         return "data=1"
     wanted: Sequence[str] = [name for name, size in zip(AXES, asked.sizes(), strict=True) if size > 1] or AXES

@@ -1,4 +1,4 @@
-"""Normalisations that several networks share."""
+"""Normalisation layers that several networks share."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -8,7 +8,7 @@ from monarchrt.models.broadcasting import along_last
 
 
 def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, "D"], *, eps: float) -> Float[Array, "*batch D"]:
-    """x / sqrt(mean(x^2) + eps) in float32 or wider, rounded to the dtype of `x`, times the scale in that dtype.
+    """RMSNorm: x / sqrt(mean(x^2) + eps) in float32 or wider, rounded to the dtype of `x`, then scaled in that dtype.
 
     Examples:
         >>> [f"{x:.3f}" for x in rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), eps=0.0)]

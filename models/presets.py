@@ -8,7 +8,7 @@ from monarch_jax.checks import brief, one_of, suggestion
 
 
 def from_preset[Config](presets: Mapping[str, Config], name: str, overrides: Mapping[str, Any]) -> Config:
-    """A configuration by name, with fields replaced.
+    """A named configuration with some fields replaced.
 
     Examples:
         >>> from monarchrt.models.vae.config import VAEConfig
@@ -17,7 +17,7 @@ def from_preset[Config](presets: Mapping[str, Config], name: str, overrides: Map
 
     Args:
         presets: Frozen dataclasses of one class, by name.
-        name: One of them.
+        name: Name of a preset.
         overrides: New values of fields.
 
     Returns:

@@ -1,7 +1,8 @@
-"""Where arrays live on a mesh of devices: logical axes of parameters and activations, and one table of rules.
+"""Sharding on a mesh of devices: logical axes of parameters and activations, and one table of rules.
 
-The axes of the mesh are those of `monarchrt.models.mesh`. A network names what its axes are (`constrain`); `RULES` says
-which axes of the mesh split them. Without a mesh (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`) nothing is done.
+The axes of the mesh are those of `monarchrt.models.mesh`. Networks name the logical axes of their arrays (`constrain`),
+and `RULES` maps these to axes of the mesh. Without a mesh (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`) the
+functions have no effect.
 """
 
 import functools
@@ -20,33 +21,36 @@ from monarchrt.models.mesh import AXES, MeshShape
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "tokens": ("heads",),  # of a frame, outside of attention
-    "heads": ("heads",),  # inside
+    "tokens": ("heads",),  # tokens of a frame, outside of attention
+    "heads": ("heads",),  # inside of attention
     "weights": ("fsdp",),
 }
-ANY = "any"  # an axis that the compiler splits as it likes
+ANY = "any"  # an axis that the compiler may split in any way
 BATCH_AXIS = "data"
-WHOLE_WEIGHTS = "whole_weights"  # name of gathered weights, which are no residuals
-LONG = 64  # numbers along each axis of a matrix that is worth a collective
+WHOLE_WEIGHTS = "whole_weights"  # name of gathered weights, which `jax.checkpoint` must not keep as residuals
+LONG = 64  # shortest axis that is split: smaller matrices are not worth a collective
 type Logical = str | None
-# queries, keys and values on a mesh. Each device attends with its part (`on_each_device`): the compiler would split a
-# kernel by a callback, whose address is in the program, and no other process then finds it among those that are kept
+# Queries, keys and values on a mesh. Each device attends with its part (`on_each_device`): the compiler would partition
+# a kernel by a callback whose address is part of the program, so other processes could not find it in the cache.
 BY_HEADS: tuple[Logical, ...] = ("batch", None, "heads", None)
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a shape; neighbours along heads, which exchange most, are neighbours among the devices.
+    """Creates a mesh; devices that are neighbours along heads, which exchange most, are neighbours in the list.
 
     Args:
-        shape: Devices along each axis.
-        devices: As many; None takes all of all processes.
+        shape: Number of devices along each axis.
+        devices: As many devices; None for all devices of all processes.
+
+    Returns:
+        The mesh, with all axes in auto mode.
     """
     chosen = np.array(jax.devices() if devices is None else list(devices))
     return Mesh(chosen.reshape(shape.sizes()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spread(x: jax.Array, where: NamedSharding) -> jax.Array:
-    """An array on a mesh; on one of several processes, each gives its devices their parts of its own copy.
+    """Puts an array on a mesh; if the mesh spans processes, each provides the parts of its devices from its own copy.
 
     Examples:
         >>> where = NamedSharding(make_mesh(MeshShape(), jax.devices()[:1]), PartitionSpec())
@@ -60,7 +64,7 @@ def spread(x: jax.Array, where: NamedSharding) -> jax.Array:
 
 
 def whole_here(x: jax.Array) -> jax.Array:
-    """An array that this process has in full: of one that several processes share, its copy on a device here.
+    """The whole array on a device of this process, also if several processes share it.
 
     Examples:
         >>> whole_here(jax.numpy.ones(3)).shape
@@ -75,7 +79,7 @@ def whole_here(x: jax.Array) -> jax.Array:
 
 
 def mesh_axes(mesh: Mesh | AbstractMesh, name: Logical, size: int) -> tuple[str, ...]:
-    """Axes of the mesh that split a logical axis: as many of its rule's, in order, as divide it."""
+    """Mesh axes that split a logical axis of this size: those of its rule, in order, as long as they divide it."""
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     splitting: tuple[str, ...] = ()
     for axis in RULES.get(name or "", ()):
@@ -87,7 +91,7 @@ def mesh_axes(mesh: Mesh | AbstractMesh, name: Logical, size: int) -> tuple[str,
 
 
 def partition(mesh: Mesh | AbstractMesh, shape: Sequence[int], logical: Sequence[Logical]) -> PartitionSpec:
-    """How an array of logical axes is split; those that the rules do not name are whole."""
+    """The partition spec of an array with these logical axes; axes without a rule are not split."""
     entries: list[Any] = []
     for size, name in zip(shape, logical, strict=True):
         axes = mesh_axes(mesh, name, size)
@@ -96,7 +100,7 @@ def partition(mesh: Mesh | AbstractMesh, shape: Sequence[int], logical: Sequence
 
 
 def constrain(x: jax.Array, *logical: Logical) -> jax.Array:
-    """Splits an array over the mesh that is set, by its logical axes; leaves it alone if there is none.
+    """Constrains the sharding of an array on the current mesh by its logical axes; no effect without a mesh.
 
     Examples:
         >>> constrain(jax.numpy.ones((2, 3)), "batch", None).shape
@@ -109,9 +113,9 @@ def constrain(x: jax.Array, *logical: Logical) -> jax.Array:
 
 
 def split_batch[Tree](tree: Tree) -> Tree:
-    """Keeps the first axis of each array split along the batch, whatever the weights are.
+    """Keeps the first axis of each array split along the batch.
 
-    Without it the compiler may gather activations rather than weights that are split along the same mesh axis.
+    Without it the compiler may gather activations instead of weights that are split along the same mesh axis.
 
     Examples:
         >>> split_batch(jax.numpy.ones((2, 3))).shape
@@ -121,15 +125,15 @@ def split_batch[Tree](tree: Tree) -> Tree:
 
 
 def parts(name: Logical, size: int) -> int:
-    """Parts that a logical axis of this size is split in, on the mesh that is set; 1 without one."""
+    """Number of parts that a logical axis of this size is split into on the current mesh; 1 without a mesh."""
     mesh = get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in mesh_axes(mesh, name, size)) if _auto(mesh) else 1
 
 
 def weight_axes(shape: Sequence[int]) -> tuple[Logical, ...]:
-    """Logical axes of a parameter, by its shape: the longest axis of a matrix is "weights"; vectors have none.
+    """Logical axes of a parameter by its shape: the longest axis of a matrix is "weights"; vectors have none.
 
-    The first axis of three or more is never it, for layers are stacked there.
+    The first of three or more axes is not considered, since layers are stacked there.
 
     Examples:
         >>> weight_axes((30, 1536, 8960)), weight_axes((30, 6, 1536)), weight_axes((30, 1536))
@@ -140,9 +144,9 @@ def weight_axes(shape: Sequence[int]) -> tuple[Logical, ...]:
 
 
 def weight_spec(mesh: Mesh | AbstractMesh, shape: Sequence[int]) -> PartitionSpec:
-    """How a parameter, or what the optimizer keeps of it, is split.
+    """The partition spec of a parameter and of its optimizer state.
 
-    Where its longest axis cannot be split evenly, a shorter one is.
+    If its longest axis cannot be split evenly, a shorter one is split.
     """
     for axis in _long_axes(shape):
         if axes := mesh_axes(mesh, "weights", shape[axis]):
@@ -151,7 +155,7 @@ def weight_spec(mesh: Mesh | AbstractMesh, shape: Sequence[int]) -> PartitionSpe
 
 
 def _long_axes(shape: Sequence[int]) -> list[int]:
-    """Axes of a matrix that may be split, the longest first; none unless there are two, the layers not counted."""
+    """Axes of a matrix that may be split, longest first; empty unless there are two besides the axis of layers."""
     first = int(len(shape) > 2)
     axes = [axis for axis in range(first, len(shape)) if shape[axis] >= LONG]
     return sorted(axes, key=lambda axis: -shape[axis]) if len(axes) > 1 else []
@@ -163,13 +167,17 @@ def weight_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
 
 
 def whole[Tree](weights: Tree, *, dtype: Any = None) -> Tree:
-    """Parameters gathered where this is called, once, so that no loop inside gathers them again.
+    """Gathers parameters once, so that loops that use them do not gather them in every iteration.
 
-    Their gradients come back split, summed over the devices. Nothing is done without a mesh that splits weights.
+    Their gradients are summed over the devices and split again. No effect without a mesh that splits weights.
 
     Args:
         weights: A tree of parameters, or a module.
-        dtype: What they are computed in: it is what travels. Values are then rounded to it; their dtype stays.
+        dtype: Dtype of the computation, in which the weights are sent: values are rounded to it, and the dtype of the
+            arrays does not change. None: the arrays' own.
+
+    Returns:
+        The gathered parameters.
     """
     if not splits_weights():
         return weights
@@ -192,21 +200,19 @@ def on_each_device(
     arrays: Sequence[Any],
     logical: Sequence[tuple[Logical, ...]],
 ) -> jax.Array:
-    """fn(weights, *arrays) on every device's part, where parts are independent of each other: without collectives.
+    """Calls fn(weights, *arrays) on each device's part of the arrays, without collectives.
 
-    Where nothing divides the arrays, as one clip on devices along the batch, each device computes all.
-
-    The gradients of the weights are summed over the devices once, after all of `fn`: a loop in it, whose parts the
-    compiler would else sum one by one, sums none.
+    If the arrays cannot be split, as one clip on devices along the batch, each device computes everything. Gradients of
+    the weights are summed over the devices once, at the end, rather than in every iteration of a loop in `fn`.
 
     Args:
-        fn: Gives an array that is split as the first of `arrays`.
-        weights: A tree of arrays that are whole on every device.
+        fn: Independent along the split axes; returns an array that is split like the first of `arrays`.
+        weights: A tree of arrays that every device has in full.
         arrays: Trees of arrays.
-        logical: The logical axes of the arrays of each of them.
+        logical: For each of `arrays`, the logical axes of its leaves.
 
     Returns:
-        The array.
+        The result of `fn`.
     """
     mesh = get_abstract_mesh()
     if not _auto(mesh):
@@ -231,7 +237,7 @@ def on_each_device(
 
 
 def splits_weights() -> bool:
-    """Whether the mesh that is set splits weights."""
+    """Whether the current mesh splits weights."""
     mesh = get_abstract_mesh()
     return _auto(mesh) and any(mesh.shape.get(axis, 1) > 1 for axis in RULES["weights"])
 
@@ -239,7 +245,8 @@ def splits_weights() -> bool:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(x: jax.Array, narrow: Any) -> jax.Array:
     split = weight_spec(get_abstract_mesh(), x.shape)
-    # first split: else the compiler may gather what a barrier around a layer takes, and keep it for the backward pass
+    # constrained to be split first: else the compiler may gather before the barrier around a layer, and keep the
+    # gathered weights for the backward pass
     sent = jax.lax.with_sharding_constraint(x if narrow is None else x.astype(narrow), split)
     return jax.lax.with_sharding_constraint(sent, PartitionSpec(*(None,) * x.ndim)).astype(x.dtype)
 
@@ -257,9 +264,9 @@ _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
 def no_whole_weights(primitive: Any, *_: Any, **params: Any) -> bool:
-    """A policy of `jax.checkpoint` that keeps all residuals but gathered weights and what is only another form of them.
+    """A policy of `jax.checkpoint` that keeps all residuals but gathered weights and their casts and reshapes.
 
-    Without it a pass would hold the weights of all layers whole.
+    Without it a pass would keep the gathered weights of all layers.
     """
     if primitive.name == "name":
         return params["name"] != WHOLE_WEIGHTS
@@ -272,11 +279,11 @@ def no_whole_weights(primitive: Any, *_: Any, **params: Any) -> bool:
 
 
 def _gathers(step: Any) -> bool:
-    """Whether a step of a program makes an array whole on every device, as only weights are."""
+    """Whether an equation replicates an array on all devices, which is only done to weights."""
     return step.primitive.name == "sharding_constraint" and step.params["sharding"].is_fully_replicated
 
 
 def _auto(mesh: Any) -> bool:
-    """Whether there is a mesh whose axes the compiler deals with."""
+    """Whether the mesh has axes in auto mode."""
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return any(types.get(axis) is AxisType.Auto for axis in AXES)

@@ -1,4 +1,4 @@
-"""Settings that hold while something is traced."""
+"""Flags that are on while something is traced."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextvars import ContextVar
 
 
 class Switch:
-    """Off, but within a `with` of it, in that thread alone.
+    """A flag that is off, except inside a `with` block, in the same thread.
 
     Examples:
         >>> loud = Switch("loud")
@@ -17,7 +17,7 @@ class Switch:
         False
 
     Args:
-        name: For who looks at the context's variables.
+        name: Name of its context variable.
     """
 
     def __init__(self, name: str):
@@ -25,12 +25,12 @@ class Switch:
 
     @property
     def on(self) -> bool:
-        """Whether it is."""
+        """Whether the flag is on."""
         return self._on.get()
 
     @contextlib.contextmanager
     def __call__(self, on: bool = True) -> Iterator[None]:
-        """Switches it on, or off, for as long as the context lasts."""
+        """Sets the flag inside a `with` block."""
         token = self._on.set(on)
         try:
             yield

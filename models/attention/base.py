@@ -1,4 +1,4 @@
-"""What an attention kind is: a frozen dataclass that attends on a grid of tokens and over a cache of frames."""
+"""The interface of attention kinds: frozen dataclasses that attend on a grid of tokens and over a cache of frames."""
 
 import abc
 import dataclasses
@@ -18,27 +18,25 @@ from monarch_jax.checks import array
 from monarchrt.models.attention.explicit import on_explicit_axes, over_any_cache
 
 type Grid = tuple[int, int, int]  # frames, rows and columns of tokens
-type Number = int | Int[Array, ""] | None  # known, traced, or absent
+type Number = int | Int[Array, ""] | None  # static, traced, or absent
 type Steps = (
     Number | Int[Array, "B"] | Int[Array, "B frames"]
-)  # of the whole call, each sample, or each frame of tokens
+)  # one for the call, one per sample, or one per frame of tokens
 type Tokens = Float[Array, "B N n d"]  # N = F*h*w tokens of n heads
-type Layer = Int[Array, ""] | None  # which of a cache of several
-NOT_STORED = {
-    "stored": False
-}  # metadata of a field that selects how the same numbers are computed: not stored with weights
-ALWAYS_WRITTEN = {
-    "written": True
-}  # metadata of a field that the notation never leaves out: tables say which share is kept
+type Layer = Int[Array, ""] | None  # index of the layer in a cache of several
+# metadata of fields that select how the same numbers are computed and are not stored with weights
+NOT_STORED = {"stored": False}
+# metadata of fields that the notation includes even at their default, such as the fraction that is kept
+ALWAYS_WRITTEN = {"written": True}
 
 
 @runtime_checkable
 class Sizes(Protocol):
-    """What a kind knows of the network when it creates its parameters; `WanConfig` is one."""
+    """Sizes of the network, from which a kind creates its parameters; `WanConfig` implements it."""
 
     @property
     def dim(self) -> int:
-        """Width of the residual stream, D."""
+        """Channels of the residual stream, D."""
         ...
 
     @property
@@ -64,16 +62,15 @@ class Sizes(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """Where in the network and in generation an attention is called, and the kind's own parameters there.
+    """The place of a call in the network and in generation, and the parameters of attention kinds in this layer.
 
     Attributes:
-        layer: Number of the layer, from 0; traced inside a scan over layers.
-        step: Number of the network call within the sampler, from 0; the call that rewrites the cache comes last. In
-            training on states of a sampler, one per sample, [B], or per frame of queries, [B, F]. None without a
-            sampler.
-        block: Number of the block of frames in a roll-out, from 0. None for a whole clip.
-        inputs: () -> the input that queries, keys and values are projected from, [B, N, D], for gates.
-        modules: Parameters of this layer by the name of the kind that made them.
+        layer: Index of the layer; traced inside a scan over layers.
+        step: Index of the network call within the sampler; the call that rewrites the cache comes last. In training on
+            states of a sampler, one per sample, [B], or per frame of queries, [B, F]. None without a sampler.
+        block: Index of the block of frames in a roll-out. None for a whole clip.
+        inputs: Function that returns the input of the projections to queries, keys and values, [B, N, D], for gates.
+        modules: Parameters of this layer by the name of their kind.
     """
 
     layer: Number = None
@@ -86,7 +83,7 @@ class Context:
         """The module that `setting.init` created for this layer.
 
         Raises:
-            ValueError: If there is none, as in a model built for another attention.
+            ValueError: If there is none, as in a model that was built for another attention.
         """
         if setting.name not in self.modules:
             raise ValueError(f"{setting}: the model has no parameters of its own for it; use model.with_attention.")
@@ -96,7 +93,7 @@ class Context:
         """The context restricted to the queries of some frames.
 
         Args:
-            first: The first frame, known or traced.
+            first: Index of the first frame, which may be traced.
             frames: Number of frames.
             per_frame: Tokens per frame.
         """
@@ -112,7 +109,7 @@ class Context:
         )
 
 
-NO_CONTEXT = Context()  # nothing is known of where the call is
+NO_CONTEXT = Context()  # for calls outside of a network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,8 +118,8 @@ class Clip:
 
     Attributes:
         grid: (F, h, w) tokens.
-        causal_block: Frames per block: a block sees itself and earlier ones. None sees everything.
-        context: Where in the network and in generation this is.
+        causal_block: Frames per block of a block-causal mask; None for bidirectional attention.
+        context: Place of the call in the network and in generation.
     """
 
     grid: Grid
@@ -145,7 +142,7 @@ class Clip:
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
-        """First and last frame (exclusive) of each causal block; a block sees nothing after its end.
+        """First and last frame (exclusive) of each causal block; a block does not see frames after its end.
 
         Examples:
             >>> Clip(grid=(5, 1, 1), causal_block=2).blocks, Clip(grid=(5, 1, 1)).blocks
@@ -158,9 +155,9 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheShape:
-    """What a cache must hold; all fields but the last are arguments of `monarch_jax.MonarchKVCache.init`.
+    """Sizes of a cache; all fields but `block` are arguments of `monarch_jax.MonarchKVCache.init`.
 
-    `block` is the number of frames written at a time, if it is always the same; None: not known.
+    `block` is the number of frames written at a time, or None if it varies or is not known.
     """
 
     batch: int
@@ -184,15 +181,15 @@ class CacheShape:
 class Cache(Protocol):
     """Keys and values of frames: a dataclass and pytree whose arrays all have, or all lack, a leading axis of layers.
 
-    `monarch_jax.MonarchKVCache` is one; a kind that keeps more, such as pooled keys, has its own. One that holds
-    rotated keys outside `key` also has a method `map_keys(function)`.
+    `monarch_jax.MonarchKVCache` implements it; a kind that caches more, such as pooled keys, needs its own class. A
+    class with rotated keys outside `key` also needs a method `map_keys(function)`.
     """
 
     length: Any
-    """int32 scalar, frames written so far; the same for all layers, so it is stored once and set before each use."""
+    """int32 scalar, frames written so far, shared by all layers: it is stored once and set before each use."""
 
     def append(self, key: Array, value: Array, *, frame: Any = None, layer: Any = None) -> Any:
-        """The cache with the tokens of a block of frames written at `frame`, in the given layer."""
+        """The cache with a block of frames written at `frame` of the given layer."""
         ...
 
 
@@ -204,16 +201,16 @@ def map_keys(cache: Any, function: Callable[[Array], Array]) -> Any:
 
 
 class Density(NamedTuple):
-    """How much of the attention map, N^2 entries for N tokens, is kept.
+    """The fraction of the attention map, N^2 entries for N tokens, that is kept.
 
     Examples:
         >>> print(Density(asked=0.03, kept=0.017, visible=0.03))
         1.7% of the map, 3.0% of what is visible
 
     Attributes:
-        asked: Fraction that the setting asks for.
+        asked: Fraction that the setting requests.
         kept: Fraction of all N^2 entries that is computed or, for a structured map, stored.
-        visible: Fraction kept of the entries that are not masked: `kept`, unless attention is block-causal.
+        visible: Kept fraction of the entries that are not masked; equals `kept` unless attention is block-causal.
 
     Fractions that depend on the data are NaN.
     """
@@ -287,7 +284,7 @@ class Attention(abc.ABC):
         return to_text(self)
 
     def _set(self, **values: Any) -> None:
-        """Sets fields to their normal form, in `__post_init__`."""
+        """Sets fields of the frozen dataclass, in `__post_init__`."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -302,7 +299,7 @@ class Attention(abc.ABC):
         return self
 
     def for_frames(self, frames: int) -> "Attention":
-        """The setting for a call on the start of a clip with this many frames, if what it keeps depends on that."""
+        """The setting for a call on the beginning of a clip of this many frames, if its mask depends on the number."""
         return self._with_parts(lambda part: part.for_frames(frames))
 
     def after_warm_up(self) -> "Attention":
@@ -310,7 +307,7 @@ class Attention(abc.ABC):
         return self._with_parts(lambda part: part.after_warm_up())
 
     def _with_parts(self, change: "Callable[[Attention], Attention]", **changes: Any) -> "Attention":
-        """The setting with every kind in its fields changed, and other changes."""
+        """The setting with `change` applied to every kind in its fields, and with other changes of fields."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Attention):
@@ -326,18 +323,18 @@ class Attention(abc.ABC):
 
     @property
     def unit(self) -> Grid | None:
-        """Tokens (f, h, w) that must divide a grid, for advice; None if any grid is valid, or if unknown."""
+        """Tokens (f, h, w) that must divide a grid, for messages; None if any grid is valid or it is not known."""
         return next((part.unit for part in self.parts() if part.unit is not None), None)
 
     @property
     def by_blocks(self) -> bool:
-        """Whether it needs the number of the block of frames, so that a whole clip needs `causal_block`."""
+        """Whether it needs the index of the block of frames, so that a whole clip needs `causal_block`."""
         return any(part.by_blocks for part in self.parts())
 
     # Without a cache
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
-        """Raises ValueError unless the setting fits the grid (None: some grid) and the causal blocks."""
+        """Raises ValueError unless the setting fits the grid (None: at least one grid) and the causal blocks."""
         for part in self.parts():
             part.check(grid, causal_block=causal_block)
 
@@ -346,7 +343,7 @@ class Attention(abc.ABC):
 
         Args:
             grid: Tokens (F, h, w) of the block.
-            whole: Tokens of the clip, or that the cache holds, if already known.
+            whole: Tokens of the whole clip or cache, if known.
         """
         for part in self.parts():
             part.check_block(grid, whole=whole)
@@ -354,10 +351,10 @@ class Attention(abc.ABC):
             self.check(grid)
 
     def init(self, sizes: Sizes, *, rngs: nnx.Rngs) -> nnx.Module | None:
-        """Creates the parameters of one layer, a module later returned by `context.own(self)`; None: there are none.
+        """Creates the parameters of one layer, a module that `context.own(self)` returns; None without parameters.
 
-        All layers have them, stacked like the block's other parameters. They are part of the block, so the optimizer,
-        checkpoints, averages and exports include them.
+        They are stacked over layers and treated like the block's other parameters by the optimizer, checkpoints,
+        averages and exports.
         """
         return None
 
@@ -378,14 +375,14 @@ class Attention(abc.ABC):
             key: As `query`.
             value: As `query`.
             grid: (F, h, w) tokens.
-            causal_block: Frames per block: a block sees itself and earlier ones. None sees everything.
-            context: Where this is.
+            causal_block: Frames per block of a block-causal mask; None for bidirectional attention.
+            context: Place of the call in the network and in generation.
 
         Returns:
             An array like `query`, in its dtype.
 
         Raises:
-            ValueError: If the setting, or the tokens, do not fit the grid.
+            ValueError: If the setting or the tokens do not fit the grid.
         """
         if causal_block is not None and causal_block < 1:
             raise ValueError(f"causal_block={causal_block} must be at least 1, or None for attention to all frames.")
@@ -409,7 +406,7 @@ class Attention(abc.ABC):
         return on_explicit_axes(attend, (query, key, value), context)
 
     def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
-        """The attention of a clip; arguments have been checked.
+        """Attention of a clip; the arguments have been checked.
 
         Args:
             query: [B, F*h*w, heads, head_dim].
@@ -429,15 +426,15 @@ class Attention(abc.ABC):
         return MonarchKVCache.init(**shape.fields())
 
     def reads(self, cache: Any) -> bool:
-        """Whether `attend_cache` can read a cache created by another kind; kinds in a schedule share one."""
+        """Whether `attend_cache` can read a cache created by another kind, as kinds in a schedule share one."""
         return isinstance(cache, MonarchKVCache)
 
     @property
     def layers_apart(self) -> bool:
         """Whether generation with unrolled layers (`unroll_layers`) gives each layer its own cache, read as `layer` 0.
 
-        A kernel that cannot read one layer of a stacked cache in place reads a copy of it, of the whole capacity, in
-        every call.
+        This suits kernels that cannot read one layer of a stacked cache in place, for which XLA would copy the whole
+        layer in every call.
         """
         return False
 
@@ -445,28 +442,28 @@ class Attention(abc.ABC):
     def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NO_CONTEXT) -> Tokens:
         """Attention of the newest block's queries over one layer's cache, which already contains the block.
 
-        On a mesh of explicit axes it sees none of them, as `attend_clip` (`explicit.over_any_cache`).
+        Like `attend_clip`, it runs in auto mode on meshes with explicit axes (`explicit.over_any_cache`).
 
         Args:
             cache: A cache from `init_cache`, or one that this kind `reads`.
             query: [B, F*h*w, heads, head_dim].
-            layer: Which layer, if the cache holds several.
-            context: Where in the network and in generation this is.
+            layer: Index of the layer, if the cache holds several.
+            context: Place of the call in the network and in generation.
 
         Returns:
-            As `query`.
+            An array like `query`.
         """
 
-    # What it costs
+    # Cost
 
     @abc.abstractmethod
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
-        """How much of the attention map is kept.
+        """The fraction of the attention map that is kept.
 
         Args:
             grid: (F, h, w) tokens.
             causal_block: As in the call.
-            steps: Sampling steps to average over, for settings that depend on the step.
+            steps: Number of sampling steps to average over, for settings that depend on the step.
 
         Returns:
             The fractions.
@@ -476,16 +473,16 @@ class Attention(abc.ABC):
         """
 
     def flops(self, grid: Grid, *, key_frames: int | None = None, heads: int, head_dim: int) -> int:
-        """Multiply-adds, counted as 2, in the matrix products of one forward, all keys visible.
+        """FLOPs of the matrix products of one forward pass with all keys visible, a multiply-add counted as 2.
 
         Args:
             grid: (F, h, w) of the queries.
             key_frames: Frames of the keys; None: F.
-            heads: Attention heads.
+            heads: Number of attention heads.
             head_dim: Channels of a head.
 
         Returns:
-            The count for one sample; by default dense attention's times the density, or dense attention's if the
+            FLOPs for one sample; by default those of dense attention times the density, or without this factor if the
             density depends on the data.
         """
         tokens = grid[0] * grid[1] * grid[2]
@@ -502,9 +499,10 @@ class Attention(abc.ABC):
         causal_block: int | None = None,
         context: Context = NO_CONTEXT,
     ) -> Float[Array, "B n N N"]:
-        """The attention map, for small cases and plots: the matrix by which the values are multiplied.
+        """The attention map, the matrix that multiplies the values, for small inputs and plots.
 
-        It is computed as the output for values that are unit vectors, head_dim of them at a time.
+        It is the output for unit vectors as values, computed for head_dim of them at a time. Arguments are as in the
+        call; the result is [B, heads, N, N].
         """
         batch, tokens, heads, width = query.shape
         units = jnp.eye(tokens, -(-tokens // width) * width, dtype=query.dtype)
@@ -515,7 +513,7 @@ class Attention(abc.ABC):
         ]
         return jnp.moveaxis(jnp.concatenate(columns, axis=-1)[..., :tokens], 2, 1)
 
-    # As data
+    # Serialisation
 
     def stored(self) -> "Attention":
         """The setting as stored with weights: without fields that select how the same numbers are computed."""
@@ -526,12 +524,12 @@ class Attention(abc.ABC):
 
     @classmethod
     def from_old_json(cls, data: Any) -> "Attention | None":
-        """Reads the form that files had before the notation; None if it is not of this kind."""
+        """Reads the JSON that files contained before the notation; None if it is not of this kind."""
         return None
 
 
 def zero_linear(inputs: int, outputs: int, sizes: Sizes, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer initialized to zero, with a bias: a kind that adds its output starts as without it.
+    """A linear layer with bias, initialized to zero, so that adding its output does not change the model at first.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -544,7 +542,7 @@ def zero_linear(inputs: int, outputs: int, sizes: Sizes, *, rngs: nnx.Rngs) -> n
 
 
 def leaves(setting: Attention) -> list[Attention]:
-    """The innermost kinds of a setting, which compute the attention.
+    """The innermost kinds of a setting, those that compute the attention.
 
     Examples:
         >>> from monarchrt.models.attention.notation import parse

@@ -1,7 +1,7 @@
-"""A whole clip block by block as over a cache: what no kind of attention has a form for, every kind with a cache has.
+"""Attention over a whole clip, block by block over a cache, for block structures that `attend_clip` cannot express.
 
-A block's queries attend, by `Attention.attend_cache`, to a cache with the keys and values of the blocks before it and
-of its own. The cache is a value like any other, so gradients pass through all that it holds.
+The queries of a block attend, by `Attention.attend_cache`, to a cache with the keys and values of earlier blocks and of
+their own. Gradients pass through the cache.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from monarchrt.models.attention.base import Attention, CacheShape, Context, Grid
 
 
 def block_sizes(frames: int, block: int, *, independent_first_frame: bool = False) -> list[int]:
-    """Sizes of the blocks that make up a clip.
+    """Divides a clip into blocks.
 
     Examples:
         >>> block_sizes(9, 3), block_sizes(7, 3, independent_first_frame=True)
@@ -33,7 +33,7 @@ def block_sizes(frames: int, block: int, *, independent_first_frame: bool = Fals
         Frames of each block.
 
     Raises:
-        ValueError: If they do not make whole blocks; it names the nearest numbers of frames that do.
+        ValueError: If the clip is not a whole number of blocks; the message names the nearest valid numbers of frames.
     """
     first = [1] if independent_first_frame else []
     rest, over = divmod(frames - len(first), block)
@@ -58,9 +58,9 @@ def attend_blocks(
     sizes: Sequence[int],
     context: Context,
 ) -> Float[Array, "B N n d"]:
-    """Attention of each block's queries to the past of earlier blocks and to the block's own keys.
+    """Attention of each block's queries to `past` in earlier blocks and to the block's own keys.
 
-    Blocks of equal size are one loop, and each is recomputed in its backward pass: memory is that of one block.
+    Blocks of equal size are one loop, and each is recomputed in the backward pass: memory is that of one block.
 
     Examples:
         >>> from monarchrt.models.attention.dense import DenseAttention
@@ -77,16 +77,16 @@ def attend_blocks(
         query: Queries of the whole clip, [B, F*h*w, heads, head_dim].
         key: As `query`.
         value: As `query`.
-        past: Keys and values of the whole clip, of which each block sees what lies before it.
+        past: Keys and values of the whole clip, of which each block sees those before it.
         grid: (F, h, w) tokens.
-        sizes: Frames of the blocks; all but the first are of one size.
-        context: Where this is, with the inputs and steps of the whole clip; a block is told its number and its own.
+        sizes: Frames of each block; all but the first have the same size.
+        context: Context of the whole clip; the call for a block gets its index, and its part of the inputs and steps.
 
     Returns:
-        As `query`.
+        An array like `query`.
 
     Raises:
-        ValueError: If the kind does not fit the grid, or its tiles a block.
+        ValueError: If the kind does not fit the grid, or its tiles do not fit a block.
     """
     frames, height, width = grid
     per_frame, (batch, _, heads, head_dim) = height * width, query.shape
@@ -105,7 +105,7 @@ def attend_blocks(
         def own(x: Array) -> Array:
             return lax.dynamic_slice_in_dim(x, frame * per_frame, size * per_frame, axis=1)
 
-        before = dataclasses.replace(filled, length=frame)  # what lies after its length is not there
+        before = dataclasses.replace(filled, length=frame)  # frames from its length on are not valid
         where = dataclasses.replace(here.of_frames(frame, size, per_frame), block=number)
         return setting.attend_cache(before.append(own(key), own(value), frame=frame), own(query), context=where)
 
@@ -113,7 +113,7 @@ def attend_blocks(
 
 
 def over_blocks(body: Callable[[Any, Array, Array, int], tuple[Any, Any]], carry: Any, sizes: Sequence[int]) -> Any:
-    """A loop over the blocks of a clip, one program for those of equal size.
+    """Loops over the blocks of a clip, with one compiled body for blocks of equal size.
 
     Examples:
         >>> def body(total, number, frame, size):
@@ -122,9 +122,9 @@ def over_blocks(body: Callable[[Any, Array, Array, int], tuple[Any, Any]], carry
         [[0, 1, 1, 1, 2, 2, 2]]
 
     Args:
-        body: (carry, number of the block, its first frame, its frames) -> carry and arrays [B, frames or tokens, ...].
-        carry: At the first block.
-        sizes: Frames of the blocks; all but the first are of one size.
+        body: (carry, index of the block, its first frame, its frames) -> carry and arrays [B, frames or tokens, ...].
+        carry: Initial carry.
+        sizes: Frames of each block; all but the first have the same size.
 
     Returns:
         The last carry, and the arrays with all blocks joined on axis 1.

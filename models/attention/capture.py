@@ -1,4 +1,4 @@
-"""What a model's self-attention sees while the model runs: queries, keys and values of chosen calls, on the host."""
+"""Capture of queries, keys and values of a model's self-attention while it runs."""
 
 import contextlib
 import dataclasses
@@ -21,13 +21,13 @@ class Captured:
     """Queries, keys and values of one call, after the rotary embedding.
 
     Attributes:
-        layer: Number of the layer.
-        step: Call of the network within the sampler; None outside of sampling.
-        block: Number of the block of frames; None where a whole clip is seen at once.
+        layer: Index of the layer.
+        step: Index of the network call within the sampler; None outside of sampling.
+        block: Index of the block of frames; None for a whole clip.
         grid: (F, h, w), tokens of the queries.
-        key_frames: [F_k], frame of the clip that each frame of keys is, in order.
-        causal_block: Frames per block where a whole clip is block-causal; None: every query sees every key.
-        heads: Which heads these are.
+        key_frames: [F_k], index in the clip of each frame of keys, in order.
+        causal_block: Frames per block of a block-causal mask over a whole clip; None: every query sees every key.
+        heads: Indices of the captured heads.
         query: [B, F*h*w, heads, head_dim].
         key: [B, F_k*h*w, heads, head_dim].
         value: As `key`.
@@ -47,7 +47,7 @@ class Captured:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Chosen:
-    """Which calls are kept, and where; equal to itself only, so that programs are not shared between captures."""
+    """The calls to keep, and the function that stores them. Instances differ, so captures share no compiled program."""
 
     layers: tuple[int, ...] | None
     steps: tuple[int, ...] | None
@@ -58,7 +58,7 @@ class _Chosen:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Probe(Attention):
-    """Attends as another kind does, and hands on what it is called with."""
+    """Attends as another kind does, and sends its arguments to the host."""
 
     name: ClassVar[str] = "captured"
     inner: Attention
@@ -68,11 +68,11 @@ class _Probe(Attention):
         return str(self.inner)
 
     def parts(self) -> tuple[Attention, ...]:
-        """What attends."""
+        """The kind that attends."""
         return (self.inner,)
 
     def for_layer(self, layer: int) -> Attention:
-        """The layer's own setting, probed."""
+        """The probe of the layer's setting."""
         return dataclasses.replace(self, inner=self.inner.for_layer(layer))
 
     def __call__(
@@ -90,7 +90,7 @@ class _Probe(Attention):
         return self.inner(query, key, value, grid=grid, causal_block=causal_block, context=context)
 
     def init_cache(self, shape: CacheShape) -> Any:
-        """The kind's own."""
+        """The cache of the kind itself."""
         return self.inner.init_cache(shape)
 
     def reads(self, cache: Any) -> bool:
@@ -117,7 +117,7 @@ class _Probe(Attention):
         return self.inner.density(grid, causal_block=causal_block, steps=steps)
 
     def _hand_on(self, query, key, value, key_frames, context: Context, *, grid: Grid, causal_block: int | None):
-        """To the host, where the call is one of those chosen."""
+        """Sends arrays to the host if the call is one of those to keep."""
         chosen, wanted = self.chosen, []
         step = None if context.step is None or jnp.ndim(context.step) else context.step  # one for the whole call
         places = (context.layer, step, context.block)
@@ -149,10 +149,10 @@ def capture(
     blocks: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Iterator[tuple[Any, list[Captured]]]:
-    """A model that computes the same, and a list that fills with what its self-attention is called with.
+    """Captures the arguments of a model's self-attention inside the block.
 
-    Whatever runs the model works: a call of it, a sampler, a roll-out over a cache, `VideoPipeline`. The list is
-    complete when the block is left. Where gradients recompute a layer, its call is there twice.
+    The model may be called directly, or by a sampler, a roll-out over a cache, or `VideoPipeline`. The list is complete
+    at the end of the block. If gradients recompute a layer, its call is listed twice.
 
     Examples:
         >>> from flax import nnx
@@ -164,18 +164,18 @@ def capture(
         [(0, (1, 24, 1, 24), (3, 2, 4)), (2, (1, 24, 1, 24), (3, 2, 4))]
 
     Args:
-        model: A `WanModel`, or another with `config.layer_attention` and `with_attention`; it is not changed.
-        layers: Numbers of the layers to keep; None: all.
-        steps: Calls of the network within the sampler to keep, from 0; None: all. Outside of samplers all are kept.
-        blocks: Blocks of a roll-out to keep, likewise.
-        heads: Heads to keep; None: all.
+        model: A `WanModel`, or another model with `config.layer_attention` and `with_attention`; it is not changed.
+        layers: Indices of the layers to keep; None: all.
+        steps: Indices of network calls within the sampler to keep; None: all. Without a sampler all calls are kept.
+        blocks: Indices of blocks of a roll-out to keep; None: all. Without a roll-out all calls are kept.
+        heads: Indices of the heads to keep; None: all.
 
     Yields:
-        The model to run, and the list, in the order of calls and layers.
+        A model that computes the same and is to be run, and the list, in the order of calls and layers.
 
     Raises:
         ValueError: If a layer or head does not exist.
-        UserError: If `JAX_PLATFORMS` leaves the CPU out, through which what is captured passes.
+        UserError: If `JAX_PLATFORMS` excludes the CPU, through which the arrays pass.
     """
     check_host("capture")
     config = model.config

@@ -32,7 +32,7 @@ class DenseAttention(Attention):
         (1, 8, 2, 4)
 
     Attributes:
-        implementation: "xla", "cudnn" (half precision on an NVIDIA GPU only), or None: cuDNN where it can run.
+        implementation: "xla", "cudnn" (only half precision on an NVIDIA GPU), or None: cuDNN if it supports the call.
     """
 
     name = "dense"
@@ -43,8 +43,8 @@ class DenseAttention(Attention):
             one_of("implementation", self.implementation, IMPLEMENTATIONS)
 
     def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
-        """See `Attention`; also ValueError if cuDNN is asked for where it cannot run."""
-        # One call per block on the keys it sees: no mask, and nothing computed only to be masked.
+        """See `Attention`; also raises ValueError if cuDNN is requested and cannot run."""
+        # one call per block on the keys that it sees: needs no mask, and computes no masked entries
         outputs = []
         for start, end in clip.blocks:
             rows, seen = slice(start * clip.per_frame, end * clip.per_frame), slice(end * clip.per_frame)
@@ -58,7 +58,7 @@ class DenseAttention(Attention):
         return True
 
     def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NO_CONTEXT) -> Tokens:
-        """See `Attention`. The order of keys is of no matter, so that a cache in any tiled order is read as it lies."""
+        """See `Attention`. The order of keys does not matter, so that a cache in tiled order is read in place."""
         key, value = cache.key, cache.value
         if layer is not None:
             key, value = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (key, value))
@@ -67,15 +67,15 @@ class DenseAttention(Attention):
             query,
             key.reshape(key.shape[0], -1, *key.shape[-2:]),
             value.reshape(value.shape[0], -1, *value.shape[-2:]),
-            valid_keys=cache.valid_frames * (height * width),  # whole groups of frames come first
+            valid_keys=cache.valid_frames * (height * width),  # tiles are ordered by frame groups first
             implementation=self.implementation,
         )
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
-        """Everything that is visible."""
+        """All visible entries."""
         return Density(1.0, visible_share(grid, causal_block), 1.0)
 
     @classmethod
     def from_old_json(cls, data: Any) -> Attention | None:
-        """It was null."""
+        """Dense attention was stored as null."""
         return cls() if data is None else None

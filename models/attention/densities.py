@@ -1,4 +1,4 @@
-"""How much of the attention maps of a whole network is kept."""
+"""Density of the attention maps of a whole network."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,17 +7,17 @@ from monarchrt.models.attention.base import Attention, Density, Grid, mean_densi
 
 
 class NetworkDensity(NamedTuple):
-    """How much of a network's attention maps is kept, averaged over its layers, in the four ways in use.
+    """The density of a network's attention maps, averaged over its layers, by four definitions in use.
 
     Examples:
         >>> print(NetworkDensity(asked=0.15, kept=0.19, visible=0.19, with_warm_up=0.4))
         19.0% of the map (asked for: 15.0%), 40.0% with the warm-up
 
     Attributes:
-        asked: As in `Density`, without the warm-up: the first layers, steps or blocks that have another kind.
-        kept: Likewise.
-        visible: Likewise.
-        with_warm_up: Fraction kept of the entries that are not masked, including the warm-up; warm-up steps count only
+        asked: As in `Density`, without the warm-up, that is, the first layers, steps or blocks of another kind.
+        kept: As in `Density`, without the warm-up.
+        visible: As in `Density`, without the warm-up.
+        with_warm_up: Kept fraction of the entries that are not masked, including the warm-up; warm-up steps count only
             if the total number of steps is known.
     """
 

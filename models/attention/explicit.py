@@ -1,4 +1,4 @@
-"""Kinds of attention on a mesh of explicit axes, where the type of an array says how it is split."""
+"""Kinds of attention on meshes with explicit axes, where sharding is part of the type of an array."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from monarch_jax.partitioning import left_to_the_compiler, on_mesh_of
 
 
 def on_explicit_axes(attend: Callable[..., Array], tokens: Sequence[Array], context: Any, *rest: Any) -> Array:
-    """attend(*tokens, *rest, context), its tokens whole and the rest of the splitting left to the compiler.
+    """Calls attend(*tokens, *rest, context) in auto mode, with whole tokens (see `partitioning.left_to_the_compiler`).
 
     Examples:
         >>> import jax.numpy as jnp
@@ -25,13 +25,13 @@ def on_explicit_axes(attend: Callable[..., Array], tokens: Sequence[Array], cont
         Array(96., dtype=float32)
 
     Args:
-        attend: Gives an array as the queries.
+        attend: Returns an array like the queries.
         tokens: [B, N, heads, head_dim] each, the queries first.
-        context: A `Context`; what it knows stays known.
+        context: A `Context`; its static values stay static.
         rest: Trees of arrays.
 
     Returns:
-        The array, split as the queries.
+        The result, split like the queries.
     """
     numbers = {name: getattr(context, name) for name in ("layer", "step", "block")}
     arrays = {name: x for name, x in numbers.items() if isinstance(x, jax.Array)}
@@ -48,14 +48,14 @@ def on_explicit_axes(attend: Callable[..., Array], tokens: Sequence[Array], cont
 
 
 def over_any_cache(attend_cache: Callable[..., Array], *, no_context: Any) -> Callable[..., Array]:
-    """A kind's `attend_cache` with what all check first, also for arrays whose types say how they are split.
+    """Adds to a kind's `attend_cache` the common checks, and support for meshes with explicit axes.
 
     Args:
-        attend_cache: (kind, cache, query, *, layer, context) -> an array as the query.
-        no_context: The context where none is given.
+        attend_cache: (kind, cache, query, *, layer, context) -> an array like the query.
+        no_context: Default context.
 
     Returns:
-        The same; on explicit axes the array is split as the query.
+        The method; on explicit axes its result is split like the query.
     """
 
     @functools.wraps(attend_cache)
@@ -75,7 +75,7 @@ def over_any_cache(attend_cache: Callable[..., Array], *, no_context: Any) -> Ca
             return attend_cache(self, whole, query, layer=layers[0] if layers else layer, context=context)
 
         layer, context = where.get("layer"), where.get("context", no_context)
-        layers = [layer] if isinstance(layer, jax.Array) else []  # what is known stays known
+        layers = [layer] if isinstance(layer, jax.Array) else []  # a static index stays static
         return on_explicit_axes(attend, (on_mesh_of(query, example),), context, parts, layers)
 
     return run

@@ -1,6 +1,6 @@
-"""Sparse kinds whose choice is one of blocks: lists for `monarch_jax.block_sparse`, beside their exact forms.
+"""Sparse kinds that keep blocks of keys: an exact form with masks, and lists for `monarch_jax.block_sparse`.
 
-A kind says with `Blocks` what it has chosen: the tokens in an order in which each block is a run of them, and the mask.
+A kind describes its choice by `Blocks`: an order of the tokens in which each block is contiguous, and the mask.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Order(NamedTuple):
 
     @classmethod
     def by(cls, numbers: Any) -> "Order":
-        """Ascending numbers [N]; of equal ones the first comes first.
+        """The order of ascending numbers [N]; a stable sort.
 
         Examples:
             >>> Order.by(np.array([2, 0, 1])).to.tolist()
@@ -46,7 +46,7 @@ class Order(NamedTuple):
 
     @classmethod
     def either(cls, condition: Bool[Array, "B n"], one: "Order", other: "Order") -> "Order":
-        """By head and sample."""
+        """One order or the other, by sample and head."""
         pairs = zip(one, other, strict=True)
         return cls(*(jnp.where(condition[..., None], a[None, None], b[None, None]) for a, b in pairs))
 
@@ -61,7 +61,7 @@ class Order(NamedTuple):
 
 @jax.custom_vjp
 def _permuted(x: Array, to: Array, back: Array) -> Array:
-    """A gather whose gradient is one too: that of JAX adds, number by number."""
+    """A permutation whose gradient is a gather by the inverse, too; JAX's own gradient is a slower scatter-add."""
     if to.ndim == 1:
         return x.at[:, to].get(mode="promise_in_bounds", unique_indices=True)
     return jnp.take_along_axis(x, jnp.moveaxis(to, 1, 2)[..., None], axis=1, mode="promise_in_bounds")
@@ -75,12 +75,12 @@ _permuted.defvjp(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """What a kind has chosen in one call; an order of None is that of the tokens.
+    """The keys that a kind keeps in one call, by blocks.
 
     Attributes:
-        mask: The blocks, of tokens in those orders, and lists.
-        queries: The order of the queries.
-        keys: The order of the keys.
+        mask: Blocks and lists, of tokens in the following orders.
+        queries: The order of the queries; None: as they are.
+        keys: The order of the keys; None: as they are.
     """
 
     mask: BlockMask
@@ -96,13 +96,13 @@ class Blocks:
         implementation: str | None,
         stack: tuple[Array, Array, Array] | None = None,
     ) -> Array:
-        """Attention of tokens, all in their own order; keys and values may also be read in a stack, see `Places`."""
+        """Attention of tokens in their own order; keys and values may also be read in a stack, see `Places`."""
         if stack is not None and self.keys is None and self.mask.width is None:
             query = query if self.queries is None else self.queries.apply(query)
             out = _attend_stack(query, key, value, self.mask, stack, implementation)
             return out if self.queries is None else self.queries.undo(out)
         queries, keys = self.queries, self.keys
-        if queries is not None and keys is not None:  # written head by head, so that a block is one piece of memory
+        if queries is not None and keys is not None:  # heads first, so that a block is contiguous in memory
             query, key, value = (
                 jnp.moveaxis(x, 2, 1) for x in (queries.apply(query), keys.apply(key), keys.apply(value))
             )
@@ -119,8 +119,8 @@ class Blocks:
 def _on_each_device(
     query: Array, key: Array, value: Array, mask: BlockMask, *, implementation: str | None, heads_first: bool = False
 ) -> Array:
-    """`block_sparse_attention` of each device's samples and heads, on a mesh; heads first, of [B, n, N, d]."""
-    parts, structure = jax.tree.flatten(mask)  # [B, H, ...] each, for all of which one may stand
+    """`block_sparse_attention` of each device's samples and heads, on a mesh; `heads_first` for [B, n, N, d]."""
+    parts, structure = jax.tree.flatten(mask)  # [B, H, ...] each; B and H may be 1
 
     def attend(_: None, query: Array, key: Array, value: Array, *parts: Any) -> Array:
         if not heads_first:
@@ -136,7 +136,7 @@ def _on_each_device(
 
 
 def by_head(x: Any, lead: tuple[int, ...]) -> Any:
-    """A mask's array [B, H, ...], for all of which one may stand, as [B * H, 1, ...]: each head a sample.
+    """Reshapes a mask's array [B, H, ...], where B and H may be 1, to [B * H, 1, ...]: each head becomes a sample.
 
     Examples:
         >>> by_head(np.array([[[3], [5]]]), (2, 2)).tolist()
@@ -151,7 +151,7 @@ def by_head(x: Any, lead: tuple[int, ...]) -> Any:
 def _attend_stack(
     query: Array, key: Array, value: Array, mask: BlockMask, stack: tuple[Array, Array, Array], implementation: Any
 ) -> Array:
-    """Attention that reads keys and values in the stack; for gradients, which are those of one layer, it does not."""
+    """Attention that reads keys and values in the stack; gradients are computed from those of the one layer."""
     arrays, whole = block_sparse.apart(mask)
 
     @jax.custom_vjp
@@ -170,10 +170,10 @@ def _attend_stack(
 
 
 def either(condition: Bool[Array, "B n"], one: BlockMask, other: BlockMask) -> BlockMask:
-    """One mask or the other by head and sample; they have as many blocks, of the same sizes."""
+    """One mask or the other, by sample and head; both have the same number of blocks, of the same sizes."""
 
     def choose(a: Any, b: Any) -> Array:
-        longest = max(a.shape[-1], b.shape[-1])  # lists: what is added is not read
+        longest = max(a.shape[-1], b.shape[-1])  # lists are padded; kernels do not read the padding
         a, b = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, longest - x.shape[-1])]) for x in (a, b))
         return jnp.where(condition.reshape(*condition.shape, *[1] * (a.ndim - 2)), a, b)
 
@@ -182,12 +182,12 @@ def either(condition: Bool[Array, "B n"], one: BlockMask, other: BlockMask) -> B
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ListedAttention(MaskedAttention):
-    """A kind that keeps blocks of keys, or a band, so that what it leaves out need not be computed.
+    """A kind that keeps blocks of keys, or a band, and can skip the others.
 
     Attributes:
         implementation: "exact" (masks, in the time of dense attention), "triton" (the block-sparse kernels), "xla" (the
-            same lists in plain JAX), or None: "triton" on an NVIDIA GPU from Ampere on where it can serve the call,
-            else "exact".
+            same lists in plain JAX), or None: "triton" on an NVIDIA GPU from Ampere on if it supports the call, else
+            "exact".
     """
 
     implementation: str | None = dataclasses.field(default=None, metadata=NOT_STORED)
@@ -206,21 +206,21 @@ class ListedAttention(MaskedAttention):
         keep: Keep,
         blocks: Callable[[], Blocks],
     ) -> Array:
-        """Attention to the keys that are kept, by the implementation that is asked for.
+        """Attention to the kept keys, by the requested implementation.
 
         Args:
             query: [B, Q, heads, head_dim].
             key: [B, K, heads, head_dim].
-            value: [B, K, heads, any width]; one that is not head_dim, as for a map, is always "exact".
-            places: Where they are.
+            value: [B, K, heads, width]; if the width is not head_dim, as for a map, the implementation is "exact".
+            places: Positions of queries and keys in the video.
             keep: The exact mask, see `masked_attention`.
-            blocks: The same by blocks, made only if it is used.
+            blocks: Returns the same choice by blocks; called only if needed.
 
         Returns:
             [B, Q, heads, width].
 
         Raises:
-            NotImplementedError: If the implementation asked for cannot serve this call; says why.
+            NotImplementedError: If the requested implementation does not support this call; the message says why.
         """
         if self.implementation != "exact" and value.shape[-1] == query.shape[-1]:
             why_not = _why_not(query, key) if self.implementation is None else None
@@ -232,7 +232,7 @@ class ListedAttention(MaskedAttention):
 
 
 def _why_not(query: Array, key: Array) -> str | None:
-    """Why the kernels do not serve a call: nothing to say without an NVIDIA GPU. None: they do."""
+    """Why the kernels do not support a call; None if they do, an empty string without an NVIDIA GPU."""
     if not on_cuda():
         return ""
     if not on_cuda(capability=8):
@@ -243,17 +243,17 @@ def _why_not(query: Array, key: Array) -> str | None:
 
 
 def is_known(places: Places) -> bool:
-    """Whether all is known when tracing, as without a cache."""
+    """Whether all positions are static, as without a cache."""
     return isinstance(places.first, int) and isinstance(places.key_frames, np.ndarray)
 
 
 def frames_of(places: Places) -> tuple[Any, Any]:
-    """The frames of the queries, and of the keys (negative where there is none), of NumPy if `is_known`."""
+    """The frame of each frame of queries and of keys (negative if not valid), NumPy arrays if `is_known`."""
     return places.first + np.arange(places.frames), places.key_frames
 
 
 def even_starts(tokens: int, block: int, *, end: Any = None) -> Any:
-    """Where blocks of so many tokens begin, and one past the last token, or `end`, after which blocks are empty.
+    """The first token of each block of a fixed size, and one past the last token; blocks after `end` are empty.
 
     Examples:
         >>> even_starts(10, 4).tolist(), even_starts(10, 4, end=5).tolist()

@@ -1,7 +1,7 @@
-"""The exact form that sparse kinds share: softmax attention under a mask that is made for a chunk of rows at a time.
+"""The exact form of sparse kinds, which defines them: softmax attention under a mask, one chunk of queries at a time.
 
-Memory is linear in the queries, forward and backward: a chunk's scores and mask are there while the chunk is computed.
-Nothing is skipped, so that this takes the time of dense attention wherever it runs; it is the definition.
+Memory is linear in the number of queries, forward and backward, since scores and masks exist for one chunk only.
+Nothing is skipped, so that this takes the time of dense attention.
 """
 
 import abc
@@ -22,9 +22,9 @@ from monarch_jax import MonarchKVCache
 from monarch_jax.checks import brief, index
 from monarchrt.models.attention.base import NO_CONTEXT, Attention, Clip, Context, Grid, Layer, Tokens
 
-SORTED = 4096  # scores of a row that are sorted; longer ones are those of tokens
-ROWS = 512  # queries whose scores are there at a time
-MOST_FRAMES = 4096  # of latents that a mask is made for, 17 minutes of Wan's; some tables have an entry for each pair
+SORTED = 4096  # longest row of scores that is sorted; longer rows are searched bit by bit
+ROWS = 512  # queries per chunk
+MOST_FRAMES = 4096  # limit on latent frames, 17 minutes of video: some tables have an entry for each pair of frames
 type Keep = Callable[[Int[Array, "C"], Float[Array, "B n C K"]], Bool[Array, "..."]]
 
 
@@ -37,9 +37,9 @@ def masked_attention(
     visible: Bool[Array, "K"] | None = None,
     rows: int = ROWS,
 ) -> Float[Array, "B Q n e"]:
-    """Softmax attention, scale d^-1/2, to the keys that a mask keeps; softmax in float32 or wider.
+    """Softmax attention under a mask, with scale d^-1/2; the softmax is in float32 or wider.
 
-    Gradients are those of the masked softmax; the choice of keys has none.
+    Gradients are those of the masked softmax; the mask has none.
 
     Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
@@ -50,11 +50,11 @@ def masked_attention(
     Args:
         query: [B, queries, heads, head_dim].
         key: [B, keys, heads, head_dim].
-        value: [B, keys, heads, any width].
-        keep: (numbers of C queries, their scaled scores [B, heads, C, keys]) -> which keys they keep, of four axes that
-            broadcast to the scores'. None keeps all.
-        visible: Which keys there are; None: all.
-        rows: Queries at a time.
+        value: [B, keys, heads, width].
+        keep: (indices of C queries, their scaled scores [B, heads, C, keys]) -> mask that broadcasts to the scores, of
+            four axes. None keeps all keys.
+        visible: bool [keys], which keys are valid; None: all.
+        rows: Queries per chunk.
 
     Returns:
         [B, queries, heads, width] in the queries' dtype; zero for a query that keeps no key.
@@ -65,7 +65,7 @@ def masked_attention(
     chunks = -(-tokens // rows)
     there = None if visible is None else visible[None, None, None]
     types = key.dtype, value.dtype
-    wide = key.astype(dtype), value.astype(dtype)  # gradients of all chunks are added up in this type
+    wide = key.astype(dtype), value.astype(dtype)  # gradients accumulate over chunks in this dtype
 
     @jax.checkpoint
     def attend(numbers, part):
@@ -77,12 +77,12 @@ def masked_attention(
         if mask is not None:
             scores = jnp.where(mask, scores, -jnp.inf)
         top = lax.stop_gradient(scores.max(-1, keepdims=True))
-        weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))  # 0 where a row keeps nothing
+        weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))  # 0 in rows that keep no key
         total = jnp.moveaxis(weights.sum(-1), 1, 2)[..., None]  # [B, C, n, 1]
         out = jnp.einsum("bnck,bknd->bcnd", weights.astype(types[1]), value, preferred_element_type=dtype)
         return (out / jnp.where(total == 0.0, 1.0, total)).astype(query.dtype)
 
-    # The last chunk is filled with the last query's number, and what comes of that is dropped.
+    # the last chunk is padded with the index of the last query; the padding's output is dropped
     numbers = jnp.minimum(jnp.arange(chunks * rows), tokens - 1).reshape(chunks, rows)
     parts = jnp.pad(query, ((0, 0), (0, chunks * rows - tokens), (0, 0), (0, 0)))
     parts = jnp.moveaxis(parts.reshape(batch, chunks, rows, heads, width), 1, 0)
@@ -93,10 +93,10 @@ def masked_attention(
 def largest(
     scores: Float[Array, "*rows K"], count: int | Int[Array, ""], *, among: Bool[Array, "..."] | None = None
 ) -> Bool[Array, "*rows K"]:
-    """Which are the `count` largest along the last axis: exactly so many; of equal ones the first.
+    """Marks exactly the `count` largest values along the last axis; of equal values the first.
 
-    The smallest that is chosen is found in the ordered integers of float32: of short rows by sorting them, one launch
-    on a GPU, of others bit by bit, which takes 32 counts however many are chosen.
+    The threshold is found among the order-preserving integers of float32, for short rows by sorting, which is one
+    launch on a GPU, for longer ones by bisection in 32 counts.
 
     Examples:
         >>> largest(jnp.array([[1.0, 3.0, 2.0, 2.0]]), 2)
@@ -104,11 +104,11 @@ def largest(
 
     Args:
         scores: [..., K], compared in float32.
-        count: How many, at most as there are.
-        among: Which may be chosen, of as many axes as the scores; None: all.
+        count: Number of values, at most the number of candidates.
+        among: Mask of candidates, with as many axes as the scores; None: all.
 
     Returns:
-        The choice.
+        bool, the shape of `scores`.
     """
     scores = scores.astype(jnp.float32)
     bits = lax.bitcast_convert_type(jnp.where(scores == 0.0, 0.0, scores), jnp.uint32)  # -0 is 0
@@ -133,17 +133,18 @@ def largest(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where the queries and keys of one call lie in the video. All queries of a call see the same keys.
+    """Positions in the video of the queries and keys of one call. All queries of a call see the same keys.
 
     Attributes:
-        grid: (F, h, w), frames of the whole clip, or that a cache holds, and tokens of one.
-        first: Frame of the first query, known or traced.
-        frames: Frames of the queries, which follow each other.
-        key_frames: [frames of the keys], the frame that lies there; negative where there is none.
-        seen: How many frames of keys there are, known or traced.
-        key_tile: (n_f, n_h, n_w), if keys lie tile by tile, and frames come and go by n_f; None: token by token.
-        stack: Keys and values of all layers of a cache, [1, layers*K, heads, head_dim] each, and the number there of
-            the first key: for who can read them where they lie, instead of a copy. None: there is no such stack.
+        grid: (F, h, w): frames of the whole clip or of the cache's capacity, and tokens of a frame.
+        first: Frame of the first query, which may be traced.
+        frames: Number of frames of the queries, which are consecutive.
+        key_frames: [F_k], the frame in each slot of keys; negative for slots without one.
+        seen: Number of valid frames of keys, which may be traced.
+        key_tile: (n_f, n_h, n_w) if keys are in tiled order, and frames are valid in groups of n_f; None: in token
+            order.
+        stack: Keys and values of all layers of a cache, [1, layers*K, heads, head_dim] each, and the index in them of
+            the layer's first key, for kernels that can read them in place. None: there is no such stack.
     """
 
     grid: Grid
@@ -160,18 +161,18 @@ class Places:
         return self.grid[1] * self.grid[2]
 
     def queries(self, rows: Int[Array, "C"]) -> tuple[Int[Array, "C"], Int[Array, "C"]]:
-        """Frame of each query, and its place y*w + x in the frame."""
+        """Frame of each of these queries, and its position y*w + x in the frame."""
         return self.first + rows // self.per_frame, rows % self.per_frame
 
     def keys(self) -> tuple[Int[Array, "K"], Int[Array, "K"]]:
-        """The same of each key."""
+        """Frame of each key, and its position y*w + x in the frame."""
         frames = jnp.asarray(self.key_frames, jnp.int32)
         places = jnp.arange(self.per_frame, dtype=jnp.int32)
         frames, places = jnp.repeat(frames, self.per_frame), jnp.tile(places, frames.shape[0])
         return self._as_keys_lie(frames), self._as_keys_lie(places)
 
     def _as_keys_lie(self, x: Int[Array, "K"]) -> Int[Array, "K"]:
-        """What is in token order, in that of the keys."""
+        """Rearranges an array from token order to the order of the keys."""
         if self.key_tile is None:
             return x
         sides = zip((-1, *self.grid[1:]), self.key_tile, strict=True)
@@ -180,20 +181,20 @@ class Places:
 
     @property
     def visible(self) -> Bool[Array, "K"] | None:
-        """Which keys there are; None: all."""
+        """Which keys are valid; None: all."""
         if isinstance(self.seen, int):
             return None
         return jnp.repeat(jnp.asarray(self.key_frames) >= 0, self.per_frame)
 
     def by_seen(self, function: Callable[[int], int]) -> int | Int[Array, ""]:
-        """A whole number that depends on how many frames are seen, computed exactly for each that there can be."""
+        """function(number of valid frames), by a table of exact integers if the number is traced."""
         if isinstance(self.seen, int):
             return function(self.seen)
         return jnp.asarray([function(max(1, frames)) for frames in range(self.grid[0] + 1)], jnp.int32)[self.seen]
 
 
 def frames_of_slots(cache: MonarchKVCache) -> Int[Array, "F"]:
-    """The frame that lies in each slot of a cache; -1 where there is none."""
+    """The frame in each slot of a cache; -1 for empty slots."""
     slots, sinks = jnp.arange(cache.capacity, dtype=jnp.int32), cache.sink_frames
     frames = slots
     if cache.rolling:
@@ -205,9 +206,9 @@ def frames_of_slots(cache: MonarchKVCache) -> Int[Array, "F"]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedAttention(Attention):
-    """A kind that says in `attend` which keys the queries of one call keep, all of them seeing the same frames.
+    """A kind that implements `attend`, a call whose queries all see the same frames.
 
-    A whole clip that is block-causal is a call for each block, as over a cache, with the same numbers.
+    A block-causal clip is computed as one call per block, as over a cache, with the same result.
     """
 
     @abc.abstractmethod
@@ -217,9 +218,9 @@ class MaskedAttention(Attention):
         Args:
             query: [B, Q, heads, head_dim].
             key: [B, K, heads, head_dim].
-            value: [B, K, heads, any width].
-            places: Where they are.
-            context: Where this is; its inputs are those of the queries.
+            value: [B, K, heads, width].
+            places: Positions of queries and keys in the video.
+            context: Place in the network and in generation; its inputs are those of the queries.
 
         Returns:
             [B, Q, heads, width].
@@ -230,7 +231,7 @@ class MaskedAttention(Attention):
         return self._by_block(query, key, value, clip)
 
     def _by_block(self, query: Array, key: Array, value: Array, clip: Clip) -> Array:
-        """The same for values of any width."""
+        """As `attend_clip`, for values of any width."""
         outputs = []
         for start, end in clip.blocks:
             rows, seen = slice(start * clip.per_frame, end * clip.per_frame), slice(end * clip.per_frame)
@@ -242,7 +243,7 @@ class MaskedAttention(Attention):
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
     def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NO_CONTEXT) -> Tokens:
-        """See `Attention`. Tokens are put in order first, if the cache has the tiles of another kind."""
+        """See `Attention`. If the cache has the tiles of another kind, keys are put in token order first."""
         _, height, width = cache.spec.grid
         grid = (cache.capacity, height, width)
         frames = query.shape[1] // (height * width)
@@ -263,10 +264,10 @@ class MaskedAttention(Attention):
             stack=_stack(cache, layer, key.shape[1]) if tile or lies_in(cache, cache.spec.grid) else None,
         )
         out = self.attend(query, key, value, places, context)
-        return jnp.where(cache.length < 0, jnp.nan, out)  # a block that had no place
+        return jnp.where(cache.length < 0, jnp.nan, out)  # a block could not be placed in the cache
 
     def key_tile(self, cache: MonarchKVCache) -> Grid | None:
-        """The tiles of a cache that `attend` takes keys in, tile by tile; None: it takes tokens in order."""
+        """The tile in whose order `attend` takes keys from this cache; None: it takes them in token order."""
         return None
 
     def init_cache(self, shape: Any) -> Any:
@@ -277,16 +278,16 @@ class MaskedAttention(Attention):
         return super().init_cache(shape)
 
     def check_block(self, grid: Grid, *, whole: Grid | None = None) -> None:
-        """A mask is that of the clip: what a block alone could not keep is no matter."""
+        """Checks the whole clip, whose mask applies, rather than the block."""
         if whole is not None:
             self.check(whole, causal_block=grid[0])
 
     def for_frames(self, frames: int) -> Attention:
-        """With the field `frames`, if there is one that is None."""
+        """Sets the field `frames` if the kind has one and it is None."""
         return dataclasses.replace(self, frames=frames) if getattr(self, "frames", 0) is None else self
 
     def check_rolling(self, rolling: bool) -> None:
-        """Raises ValueError if the kind is not defined over a cache that forgets frames."""
+        """Raises ValueError if the kind is not defined over a rolling cache."""
 
     def attention_map(
         self,
@@ -297,7 +298,7 @@ class MaskedAttention(Attention):
         causal_block: int | None = None,
         context: Context = NO_CONTEXT,
     ) -> Float[Array, "B n N N"]:
-        """The map: what comes out for values that are unit vectors."""
+        """The map, computed as the output for unit vectors as values."""
         batch, tokens, heads, _ = query.shape
         units = jnp.broadcast_to(jnp.eye(tokens, dtype=query.dtype)[None, :, None], (batch, tokens, heads, tokens))
         self.check(grid, causal_block=causal_block)
@@ -306,7 +307,7 @@ class MaskedAttention(Attention):
 
 
 def _of_layer(cache: MonarchKVCache, layer: Layer) -> tuple[Array, Array]:
-    """Keys and values of a layer as they lie, [B, tiles, b1, b2, heads, head_dim]."""
+    """Keys and values of a layer in the order of the cache, [B, tiles, b1, b2, heads, head_dim]."""
     if layer is None:
         return cache.key, cache.value
     key, value = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.key, cache.value))
@@ -314,7 +315,7 @@ def _of_layer(cache: MonarchKVCache, layer: Layer) -> tuple[Array, Array]:
 
 
 def _stack(cache: MonarchKVCache, layer: Layer, keys: int) -> tuple[Array, Array, Array] | None:
-    """See `Places`: that of a cache of layers, for one sample, whose layers then follow each other."""
+    """`Places.stack` of a cache with layers and one sample, in which the layers' keys are contiguous; else None."""
     if layer is None or cache.key.shape[1] != 1:
         return None
     key, value = (lax.stop_gradient(x).reshape(1, -1, *x.shape[-2:]) for x in (cache.key, cache.value))
@@ -322,7 +323,7 @@ def _stack(cache: MonarchKVCache, layer: Layer, keys: int) -> tuple[Array, Array
 
 
 def lies_in(cache: MonarchKVCache, tile: Grid) -> bool:
-    """Whether a cache holds these tiles one after the other, each in token order."""
+    """Whether a cache is in the order of these tiles, each in token order."""
     return (cache.spec.tile_shape, cache.spec.blocks) == (tile, "fh,w")
 
 
@@ -331,7 +332,7 @@ def _rows_of(inputs: Callable[[], Array], rows: slice) -> Callable[[], Array]:
 
 
 def seen_frames(frames: int, causal_block: int | None) -> np.ndarray:
-    """How many frames each frame sees, [F].
+    """Number of frames that each frame sees, [F].
 
     Examples:
         >>> seen_frames(5, 2)
@@ -342,15 +343,15 @@ def seen_frames(frames: int, causal_block: int | None) -> np.ndarray:
 
 
 def say_exact(kind: str, why: str) -> None:
-    """Warns that a call on a GPU saves nothing; Python shows it once."""
+    """Warns that a call on a GPU saves no time; Python shows the warning once."""
     warnings.warn(f"{kind} runs in its exact form, in the time of dense attention or more: {why}", stacklevel=2)
 
 
-# Checks of arguments, and shares that are counted in whole numbers
+# Argument checks, and fractions of integers
 
 
 def ceil_share(share: float, count: int) -> int:
-    """That share of a count, rounded up, with the share as the decimal number that it is written as.
+    """ceil(share * count) in exact arithmetic, with the share taken as the decimal number that it is written as.
 
     Examples:
         >>> ceil_share(0.15, 1260), math.ceil((1 - 0.85) * 1260)
@@ -367,9 +368,9 @@ def check_share(kind: str, name: str, value: Any) -> float:
 
 
 def check_reach(kind: str, keep: float, least: float, of: str, instead: str = "") -> None:
-    """Raises ValueError if the least that a kind can keep is more than twice what is asked for.
+    """Raises ValueError if the least that a kind can keep is more than twice the requested fraction.
 
-    Less than that is what rounding up to whole keys or blocks does.
+    Smaller excesses are due to rounding up to whole keys or blocks.
 
     Examples:
         >>> check_reach("vsa", 0.1, 1 / 8, "8 cubes")
@@ -384,7 +385,7 @@ def check_reach(kind: str, keep: float, least: float, of: str, instead: str = ""
 
 
 def check_seed(kind: str, seed: int) -> int:
-    """The seed of a draw that is the same in every call."""
+    """The seed as an int; raises ValueError unless it is an integer from 0 to 2**32 - 1."""
     number = index("seed", seed)
     if isinstance(number, jax.Array) or not 0 <= number < 2**32:
         raise ValueError(f"{kind}: seed={brief(seed)} does not lie in 0...2**32 - 1.")
@@ -392,14 +393,14 @@ def check_seed(kind: str, seed: int) -> int:
 
 
 def check_frames(kind: str, frames: int | None, grid: Grid) -> int:
-    """Frames that a mask is made for: those given, or the grid's; raises ValueError if these are more."""
+    """Frames that a mask is made for: `frames`, or the grid's; raises ValueError if the grid has more than `frames`."""
     if frames is not None and grid[0] > frames:
         raise ValueError(f"{kind}: frames={frames} is less than the {grid[0]} of the grid {grid}; leave frames out.")
     return frames or grid[0]
 
 
 def dividing(sizes: Sequence[int]) -> str:
-    """What divides each size, for messages: `1, 3 frames; 1, 2, 4 rows; 1, 2, 3, 6 columns`."""
+    """The divisors of each size, for messages: `1, 3 frames; 1, 2, 4 rows; 1, 2, 3, 6 columns`."""
     parts = []
     for size, name in zip(sizes, ("frames", "rows", "columns"), strict=False):
         parts.append(", ".join(str(n) for n in range(1, size + 1) if size % n == 0) + f" {name}")

@@ -29,7 +29,7 @@ from monarchrt.models.sharding import BY_HEADS, Logical, on_each_device
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MonarchAttention(Attention):
-    """Tiled Monarch attention (MonarchRT paper, Section 4); has no parameters of its own.
+    """Tiled Monarch attention (MonarchRT paper, Section 4), without parameters.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -41,11 +41,12 @@ class MonarchAttention(Attention):
 
     Attributes:
         tile: (n_f, n_h, n_w) in tokens, or None: one tile per frame, (1, h, w).
-        blocks: Which dimensions form the rows and columns of a tile, as `monarch_jax.MonarchSpec.blocks`.
+        blocks: Dimensions that form the rows and columns of a tile, as in `monarch_jax.MonarchSpec`.
         num_iters: Refinement steps T.
-        implementation: Backend of `monarch_jax.monarch_attention`; None picks.
+        implementation: Backend of `monarch_jax.monarch_attention`; None chooses automatically.
         intermediates: As in `monarch_jax.monarch_attention`: None, or "e4m3" for alpha and Y in 8 bits, for inference.
-        keep_intermediates: As in `monarch_jax.monarch_attention`; with `remat="full"` one block's are kept at a time.
+        keep_intermediates: As in `monarch_jax.monarch_attention`; with `remat="full"` they are kept for one layer at a
+            time.
     """
 
     name = "monarch"
@@ -62,7 +63,7 @@ class MonarchAttention(Attention):
         if not isinstance(self.keep_intermediates, bool):
             raise ValueError(f"keep_intermediates={self.keep_intermediates!r} is not True or False.")
         check_intermediates(self.intermediates)
-        # On a grid that the tile divides, so that what is wrong on any grid is found here.
+        # a grid that the tile divides: finds errors that do not depend on the grid
         self.spec(self.tile or (1, 1, 1))
 
     def spec(self, grid: Grid, *, causal_block: int | None = None) -> MonarchSpec:
@@ -77,7 +78,7 @@ class MonarchAttention(Attention):
         return self.tile
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
-        """A tile must divide the grid and lie in one causal block."""
+        """Raises ValueError unless the tile divides the grid and lies in one causal block."""
         self.spec(grid or self.tile or (1, 1, 1), causal_block=causal_block)
 
     def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
@@ -101,16 +102,16 @@ class MonarchAttention(Attention):
         return on_each_device(attend, None, (query, key, value), (BY_HEADS,) * 3)
 
     def init_cache(self, shape: CacheShape) -> MonarchKVCache:
-        """Keys and values in tiled order, so that only a new block is rearranged."""
+        """A cache in tiled order, so that only new blocks are rearranged."""
         return MonarchKVCache.init(**shape.fields(), tile=self.tile, blocks=self.blocks)
 
     def reads(self, cache: Any) -> bool:
-        """Caches of the same tile, and those whose groups of frames are whole numbers of this tile's."""
+        """Whether the cache's frame groups are whole numbers of this tile's, in any order within a group."""
         n_f = 1 if self.tile is None else self.tile[0]
         return isinstance(cache, MonarchKVCache) and cache.spec.tile_shape[0] % n_f == 0
 
     def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NO_CONTEXT) -> Tokens:
-        """See `Attention`. A cache in the order of another tile is rearranged, a layer at a time, unless both agree."""
+        """See `Attention`. A cache in the order of another tile is rearranged in every call, one layer at a time."""
         tile = self.tile or (1, *cache.spec.grid[1:])
         if (cache.spec.tile_shape, cache.spec.blocks) != (tile, self.blocks):
             cache, layer = _retiled(cache, tile, self.blocks, layer), None
@@ -126,11 +127,11 @@ class MonarchAttention(Attention):
 
         kept: tuple[Logical, ...] = (*(None,) * (cache.key.ndim - 6), "batch", None, None, None, "heads", None)
         arrays: tuple[Array, ...] = (query, cache.key, cache.value, cache.length)
-        arrays += (layer,) if isinstance(layer, jax.Array) else ()  # what is known stays known
+        arrays += (layer,) if isinstance(layer, jax.Array) else ()  # a static index stays static
         return on_each_device(attend, None, arrays, (BY_HEADS, kept, kept, (), ())[: len(arrays)])
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
-        """Numbers stored for each entry of the map, 1/b1 + 1/b2 (paper, Section 4.2)."""
+        """Stored numbers per entry of the map, 1/b1 + 1/b2 (paper, Section 4.2)."""
         density = self.spec(grid, causal_block=causal_block).density
         return Density(density, density * visible_share(grid, causal_block), density)
 
@@ -141,7 +142,7 @@ class MonarchAttention(Attention):
 
     @classmethod
     def from_old_json(cls, data: Any) -> Attention | None:
-        """It was an object of three fields, without a name."""
+        """Monarch attention was stored as an object of three fields, without a name."""
         if not isinstance(data, dict) or set(data) != {"tile", "blocks", "num_iters"}:
             return None
         tile = None if data["tile"] is None else tuple(data["tile"])
@@ -149,10 +150,10 @@ class MonarchAttention(Attention):
 
 
 def _retiled(cache: MonarchKVCache, tile: Grid, blocks: str, layer: Array | None) -> MonarchKVCache:
-    """One layer's cache in the order of another tile; a reshape where both are in token order."""
+    """One layer's cache in the order of another tile; only a reshape if both are in token order."""
     _, height, width = cache.spec.grid
     spec = MonarchSpec(grid=(tile[0], height, width), key_frames=cache.capacity, tile=tile, blocks=blocks)
     frames = dataclasses.replace(spec, grid=(cache.capacity, height, width))
     key, value = (tokens_to_tiles(x, frames) for x in cache.tokens(layer=layer))
-    # without what only the writer of the newest block knows, gradients are right and take all tiles
+    # `_newest` is dropped, so gradients are computed for all tiles, which is correct
     return dataclasses.replace(cache, key=key, value=value, spec=spec)

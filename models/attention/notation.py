@@ -1,12 +1,12 @@
-"""Settings as text, such as `monarch(tile=(3,30,52))`: parsed and printed here and nowhere else.
+"""The notation of attention settings, such as `monarch(tile=(3,30,52))`: parsing and printing.
 
     setting  = name | name(argument, ...)
     argument = value | field=value
     value    = a number, string, True, False, None, a tuple of these, a setting, or 3 * setting for three of them
 
-A word that is no kind stands for a string: `monarch(implementation=xla)`. The same text is what the command line takes
-and what config.json, checkpoints and videos hold. Reading it into a `Call` imports no JAX; building a setting of that
-imports its kind.
+A word that does not name a kind is a string: `monarch(implementation=xla)`. The notation is used on the command line
+and in config.json, checkpoints and videos. Parsing text into a `Call` does not import JAX; building the setting imports
+its kind.
 """
 
 import ast
@@ -23,15 +23,15 @@ from monarchrt.models.errors import printable
 if TYPE_CHECKING:
     from monarchrt.models.attention.base import Attention
 
-DEEPEST = 20  # settings in settings
-MOST = 1000  # settings that `3 * setting` may stand for
-MOST_IN_ALL = 10_000
+DEEPEST = 20  # limit on nested settings
+MOST = 1000  # limit on n in `n * setting`
+MOST_IN_ALL = 10_000  # limit on all settings of a text, with repetitions
 EXAMPLE = "monarch(tile=(3,30,52))"
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A setting that was read and not yet looked up.
+    """A parsed setting whose kind has not been looked up.
 
     Attributes:
         name: Name of the kind.
@@ -45,7 +45,7 @@ class Call:
 
 
 def parse(text: str) -> "Attention":
-    """The setting that a text describes.
+    """Parses the text of a setting.
 
     Examples:
         >>> parse("first_layers(2, dense, monarch(tile=(3, 30, 52)))").after.tile
@@ -58,8 +58,8 @@ def parse(text: str) -> "Attention":
         The setting.
 
     Raises:
-        ValueError: If it cannot be read, a kind or field is unknown, or a value is invalid; names what is wrong and
-            lists the kinds or the kind's fields.
+        ValueError: If it cannot be parsed, a kind or field is unknown, or a value is invalid; the message lists the
+            kinds or the kind's fields.
     """
     try:
         return _build(read(text))
@@ -69,9 +69,9 @@ def parse(text: str) -> "Attention":
 
 
 def to_text(setting: "Attention | Sequence[Attention]") -> str:
-    """The text of a setting, or of one setting per layer, on one line.
+    """Formats a setting, or one setting per layer, as one line of text.
 
-    Fields that have their default are left out, but for those that are always written (`base.ALWAYS_WRITTEN`).
+    Fields with their default value are left out, except those with `base.ALWAYS_WRITTEN`.
 
     Examples:
         >>> to_text(parse("monarch( tile = [3, 30, 52], num_iters = 1 )"))
@@ -96,17 +96,17 @@ def to_text(setting: "Attention | Sequence[Attention]") -> str:
 
 
 def from_json(data: Any, *, where: str) -> "Attention":
-    """A stored setting: its text, or what older files hold instead, one for all layers or a list of one for each.
+    """Reads a stored setting: its text, or the older JSON forms, which may be a list with one setting per layer.
 
     Args:
         data: The JSON value.
-        where: What it is from, for errors.
+        where: Name of its source, for errors.
 
     Returns:
         The setting.
 
     Raises:
-        ValueError: If it cannot be understood.
+        ValueError: If it is not valid.
     """
     if isinstance(data, str):
         try:
@@ -122,24 +122,24 @@ def from_json(data: Any, *, where: str) -> "Attention":
 
 
 def with_options(text: str, options: Mapping[str, Any]) -> str:
-    """A text with options of the command line put in, which are fields of the one kind that has a short form.
+    """Adds options of the command line, which are fields of the kind with a short form (`registry.SHORT`), to its text.
 
     Examples:
         >>> with_options("monarch", {"tile": (3, 30, 52), "num_iters": 2})
         'monarch(tile=(3,30,52), num_iters=2)'
 
     Args:
-        text: In the notation; with options, the name of that kind alone.
-        options: Field to value, those that were given.
+        text: A setting; if there are options, only the name of that kind.
+        options: The given options, by field.
 
     Returns:
-        The text, as it is if there are no options.
+        The text with the options as fields.
     """
     return f"{text}({', '.join(f'{name}={_printed(value)}' for name, value in options.items())})" if options else text
 
 
 def split_options(text: str, options: Mapping[str, Any], known: Mapping[str, type]) -> tuple[str, dict[str, Any]]:
-    """The inverse of `with_options`: a text that the short form can say becomes that, with the options given beside it.
+    """The inverse of `with_options`: splits a text into the kind with a short form and its options, where possible.
 
     Examples:
         >>> known = {"tile": tuple, "num_iters": int}
@@ -149,15 +149,16 @@ def split_options(text: str, options: Mapping[str, Any], known: Mapping[str, typ
         ('first_layers(2, dense, monarch)', {})
 
     Args:
-        text: In the notation.
-        options: Field to value, those that were given.
-        known: All options that there are, and the type of each.
+        text: A setting.
+        options: The given options, by field, which are added.
+        known: The type of each possible option.
 
     Returns:
-        The name of the kind that has a short form and its options, or the text and none.
+        The name of the kind with its options; or the unchanged text, without options, if the short form cannot express
+        it.
 
     Raises:
-        ValueError: If the text cannot be read, or the options do not go with it.
+        ValueError: If the text cannot be parsed, or the options do not apply to it.
     """
     call = read(text)
     if call.name not in names():
@@ -180,10 +181,10 @@ def split_options(text: str, options: Mapping[str, Any], known: Mapping[str, typ
 
 
 def read(text: str) -> Call:
-    """The text as names and values; nothing is looked up or computed.
+    """Parses a text into names and values, without looking up kinds.
 
     Raises:
-        ValueError: If it is not of the notation.
+        ValueError: If the text is not valid.
     """
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"attention={text!r} is empty; kinds: {', '.join(names())}; for example {EXAMPLE!r}.")
@@ -205,7 +206,7 @@ def read(text: str) -> Call:
 
 
 def _count(value: Any) -> int:
-    """Settings that a value stands for, repeated ones as often as they are."""
+    """Number of settings in a value, with repetitions."""
     if isinstance(value, Repeat):
         return value.count * _count(value.item)
     if isinstance(value, Call):
@@ -214,12 +215,12 @@ def _count(value: Any) -> int:
 
 
 def _quoted(text: str) -> str:
-    """The text for a message, of a length that can be read."""
+    """The text for a message, shortened if it is long."""
     return f"attention={text if len(text) <= 160 else text[:150] + '...'!r}"
 
 
 def _value(node: ast.expr, text: str, depth: int) -> Any:
-    """A literal, a `Call`, or a tuple of these."""
+    """Converts a syntax tree to a literal, a `Call`, or a tuple of these."""
     if depth > DEEPEST:
         raise ValueError(f"{_quoted(text)} is nested more than {DEEPEST} deep.")
     match node:
@@ -297,7 +298,7 @@ _NAMES = {int: "a whole number", float: "a number", str: "a word", bool: "True o
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotation of the few forms that fields have."""
+    """Whether a value has the type of an annotation, for the few forms that fields use."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return any(_fits(value, part) for part in parts)
@@ -321,7 +322,7 @@ def _words(hint: Any) -> str:
 
 
 def _argument(value: Any, kinds: bool) -> Any:
-    """A value that was read as that of a field; a word is a kind where the field holds kinds, else a string."""
+    """Builds the value of a field; a word names a kind if the field holds kinds, else it is a string."""
     if isinstance(value, Call):
         if kinds or value.arguments or value.fields:
             return _build(value)
@@ -338,7 +339,7 @@ def _unrolled(value: Any) -> list[Any]:
 
 
 def _described(kind: "type[Attention]") -> str:
-    """What the fields of a kind are called."""
+    """The names of a kind's fields, for messages."""
     listed = ", ".join(field.name for field in dataclasses.fields(kind))
     return f"its fields: {listed}" if listed else "it has no fields"
 
@@ -352,6 +353,6 @@ def _printed(value: Any) -> str:
 
 
 def _repeated(settings: Sequence["Attention"]) -> str:
-    """One setting per layer, equal ones that follow each other as one."""
+    """One setting per layer, with consecutive equal ones written as `n * setting`."""
     groups = [(setting, len(list(group))) for setting, group in groupby(settings)]
     return ", ".join(f"{count} * {setting}" if count > 1 else str(setting) for setting, count in groups)

@@ -1,4 +1,4 @@
-"""Settings that name an attention and may give some of its fields as options beside it: `--tile 3 30 52`."""
+"""Mixin for configurations that have an attention and separate options for some of its fields, as `--tile 3 30 52`."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -36,14 +36,14 @@ class AttentionOptions:
         return with_options(self.attention, self.attention_options())
 
     def plain_options(self) -> dict[str, Any]:
-        """The defaults of the options: what is stored beside `attention_text`."""
+        """The defaults of the options, which are stored beside `attention_text`."""
         return {name: getattr(type(self), name) for name in self.attention_fields}
 
     def normalize_attention(self) -> None:
-        """Writes equal settings in one way: the name of the kind and its options, if these can express it.
+        """Brings equal settings to one form: the name of the kind and its options, if these can express it.
 
         Raises:
-            UserError: If the attention cannot be read, or the options do not go with it.
+            UserError: If the attention cannot be parsed, or the options do not apply to it.
         """
         try:
             attention, options = split_options(self.attention, self.attention_options(), self.attention_fields)

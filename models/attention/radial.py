@@ -15,24 +15,24 @@ from monarchrt.models.attention.listed import Blocks, ListedAttention, even_star
 from monarchrt.models.attention.masked import MOST_FRAMES, Places, check_frames, check_share, seen_frames
 
 RULES = ("general", "published")
-STEPS = 20  # of the bisection for the decay
+STEPS = 20  # bisection steps for the decay
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RadialAttention(ListedAttention):
-    """Tokens see a band around their place in other frames, which halves as the distance doubles (Radial, 2025).
+    """Tokens see a band around their position in other frames, which halves as the distance doubles (Radial, 2025).
 
-    With d the distance of two frames and L the power of two above a frame's tokens, the band reaches
-    decay * L / 2^bit_length(d) tokens to both sides. Where that is less than a block, the band stays a block wide and
-    only every so many distances are kept. All see the first frame. The band is rounded to blocks of tokens.
+    With d the number of frames between two frames and L the power of two above the tokens of a frame, the band reaches
+    decay * L / 2^bit_length(d) tokens to both sides. Where that is less than a block, the band stays one block wide and
+    only every n-th distance is kept. All tokens see the first frame. The band is rounded to blocks of tokens.
 
-    rule="published" is the rule as published, with blocks of 128 that run on across frames: frames at distance 0 and 1
-    are dense (1 only where a frame has a block's tokens or more) and the narrowing stops at a block whatever the decay,
-    so that it keeps 33.8% or more at 480p.
-    rule="general" is dense at distance 0 alone, thins out distances by the decay too, and has blocks that begin anew in
-    each frame; it reaches 9.3% at 480p and 720p.
+    rule="published" is the rule as published, with blocks of 128 tokens that may span frames: frames at distance 0 and
+    1 are dense (1 only if a frame has at least a block of tokens), and the band never becomes narrower than a block
+    whatever the decay, so that it keeps at least 33.8% at 480p.
+    rule="general" is dense only at distance 0, also drops distances according to the decay, and starts new blocks in
+    each frame; it can keep as little as 9.3% at 480p and 720p.
 
-    Block-causal, the mask is that of the whole clip and the causal one. There are no parameters.
+    Block-causal attention combines the mask of the whole clip with the causal mask. There are no parameters.
 
     Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
@@ -42,12 +42,13 @@ class RadialAttention(ListedAttention):
         14.9% of the map
 
     Attributes:
-        keep: Share of the map of the whole clip that is asked for; bisection finds a decay that keeps no more.
-        decay: Instead of `keep`: factor of the width. Neither: `keep=0.15`, or `decay=0.2` for the published rule.
+        keep: Fraction of the map of the whole clip to keep; bisection finds a decay that keeps at most this much.
+        decay: Factor of the band's width, instead of `keep`. If neither is given: `keep=0.15`, or `decay=0.2` for the
+            published rule.
         rule: "general" or "published".
         block: Tokens of a block; None: 60, which divides a frame of 480p and of 720p, or 128 for the published rule
-            (whose authors' code, given 64, leaves out distances as with 128).
-        frames: Frames of the clip that `keep` and the published blocks are for; None: the grid's, or the cache's.
+            (whose authors' code, given 64, drops distances as with 128).
+        frames: Frames of the clip to which `keep` and the published blocks refer; None: those of the grid or cache.
     """
 
     name = "radial"
@@ -79,12 +80,12 @@ class RadialAttention(ListedAttention):
         return self.block or (128 if self.rule == "published" else 60)
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
-        """What is asked for must be within reach."""
+        """Raises ValueError if the requested fraction is too small for the grid."""
         if grid is not None:
             self.decay_for(grid)
 
     def check_rolling(self, rolling: bool) -> None:
-        """Published blocks lie on the tokens of a clip from its beginning."""
+        """Raises ValueError for the published rule, whose blocks are aligned to the beginning of the clip."""
         if rolling and self.rule == "published":
             raise ValueError(
                 "radial: rule='published' has blocks across frames, which end with the clip; a rolling cache needs "
@@ -99,7 +100,7 @@ class RadialAttention(ListedAttention):
             0.1
 
         Raises:
-            ValueError: If no decay keeps as little as was asked for; names the least there is.
+            ValueError: If no decay keeps as little as requested; the message names the least possible.
         """
         if self.decay is not None:
             check_frames(self.name, self.frames, grid)
@@ -125,7 +126,7 @@ class RadialAttention(ListedAttention):
 
         def general(rows):
             frame, place = places.queries(rows)
-            distance = jnp.minimum(jnp.abs(frame[:, None] - key_frame[None]), frames - 1)  # sinks may be further
+            distance = jnp.minimum(jnp.abs(frame[:, None] - key_frame[None]), frames - 1)  # sinks may be farther away
             near = blocks[distance, place[:, None] // block, key_place[None] // block]
             return near | (key_frame == 0)[None]
 
@@ -140,10 +141,10 @@ class RadialAttention(ListedAttention):
         )
 
     def _listed(self, places: Places, table: np.ndarray, queries: int, keys: int) -> Blocks:
-        """The same by blocks; `table` is what `_blocks` gives."""
+        """The mask by blocks; `table` is the result of `_blocks`."""
         block, per_frame = self.block_size, places.per_frame
         xp: Any = np if is_known(places) else jnp
-        if self.rule == "published":  # blocks lie on the tokens of the clip, and those of the queries begin in between
+        if self.rule == "published":  # blocks are aligned to the clip; the queries may begin inside one
             first = places.first * per_frame
             count = (queries - 1) // block + 2
             numbers = first // block + np.arange(count)
@@ -155,7 +156,7 @@ class RadialAttention(ListedAttention):
             )
         mine, theirs = frames_of(places)
         count = table.shape[1]
-        distance = xp.minimum(abs(mine[:, None] - theirs[None]), table.shape[0] - 1)  # sinks may be further
+        distance = xp.minimum(abs(mine[:, None] - theirs[None]), table.shape[0] - 1)  # sinks may be farther away
         seen = xp.asarray(table)[distance] | (theirs == 0)[None, :, None, None]
         seen = (seen & (theirs >= 0)[None, :, None, None]).swapaxes(1, 2)
         seen = seen.reshape(1, 1, len(mine) * count, len(theirs) * count)
@@ -167,7 +168,7 @@ class RadialAttention(ListedAttention):
         return Blocks(mask=block_mask(seen, query_starts=starts, key_starts=ends))
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
-        """Exact; of a part of the clip, if `frames` are more than the grid's."""
+        """Exact; if `frames` exceeds the grid's, the density of the first part of the clip."""
         frames, per_frame = check_frames(self.name, self.frames, grid), grid[1] * grid[2]
         pairs = _kept(self.rule, self.block_size, self.decay_for(grid), frames, per_frame)[: grid[0], : grid[0]]
         seen = seen_frames(grid[0], causal_block)
@@ -179,32 +180,32 @@ class RadialAttention(ListedAttention):
 
 
 def _width(distance: int, *, decay: float, per_frame: int, block: int, general: bool) -> float | None:
-    """Half of the band's width at a distance of frames; None: nothing is kept."""
+    """Half of the band's width at a distance in frames; None if the distance is dropped."""
     if distance == 0:
         return float(per_frame)
     length = 2.0 ** (per_frame.bit_length() - distance.bit_length())
     split = length * decay if general else length
     if split * (distance + 1) <= block or (split < block and distance % int(block / split)):
-        return None  # not one of every int(block / split) distances
+        return None  # only every int(block / split)-th distance is kept
     if distance == 1 and not general:
         return float(per_frame)
     return max(float(block), length * decay)
 
 
 def _near_blocks(width: float, rows: np.ndarray, columns: np.ndarray, per_frame: int, full: int | None) -> np.ndarray:
-    """Which pairs of blocks a band of one frame by another keeps.
+    """The pairs of blocks that are kept for the band between two frames.
 
-    A pair is kept if more than 60% of its columns with an entry have one in more than a third of the rows.
+    A pair is kept if, of its columns with entries in the band, over 60% have entries in more than a third of the rows.
 
     Args:
-        width: Places at most this far apart are in the band.
-        rows: [R + 1], where blocks of rows begin and end, 0 and `per_frame` or beyond included.
-        columns: [C + 1], likewise.
+        width: Half-width of the band: tokens whose positions differ by at most this are in it.
+        rows: [R + 1], boundaries of the blocks of rows, from 0 or below to `per_frame` or above.
+        columns: [C + 1], likewise for columns.
         per_frame: Tokens of a frame.
-        full: Rows that a block counts as having; None: those that it has.
+        full: Number of rows to count for each block; None: its actual number.
 
     Returns:
-        [R, C].
+        bool [R, C].
     """
     reach, column = int(min(width, per_frame)), np.arange(per_frame)
     starts, ends = np.maximum(rows[:-1], 0), np.minimum(rows[1:], per_frame)
@@ -222,7 +223,7 @@ def _near_blocks(width: float, rows: np.ndarray, columns: np.ndarray, per_frame:
 
 @functools.lru_cache(maxsize=64)
 def _blocks(rule: str, block: int, decay: float, frames: int, per_frame: int) -> np.ndarray:
-    """Published: [blocks, blocks] of the clip. General: [distance of frames, blocks, blocks] of a frame."""
+    """Kept pairs of blocks: of the clip, [blocks, blocks] ("published"), or by distance, [F, blocks, blocks]."""
     width = functools.partial(_width, decay=decay, per_frame=per_frame, block=block, general=rule == "general")
     if rule == "general":
         count = -(-per_frame // block)
@@ -233,7 +234,7 @@ def _blocks(rule: str, block: int, decay: float, frames: int, per_frame: int) ->
                 kept[distance] = True if distance == 0 else _near_blocks(reach, edges, edges, per_frame, None)
         return kept
     count, each = -(-frames * per_frame // block), -(-per_frame // block)
-    kept = np.zeros((count + 1, count + 1), bool)  # a frame's blocks may end past the clip's
+    kept = np.zeros((count + 1, count + 1), bool)  # blocks of a frame may extend past the end of the clip
     near = functools.lru_cache(lambda reach, row, column: _pair(reach, row, column, block, per_frame))
     for query in range(frames):
         for key in range(frames):
@@ -246,14 +247,14 @@ def _blocks(rule: str, block: int, decay: float, frames: int, per_frame: int) ->
 
 
 def _pair(reach: float, row: int, column: int, block: int, per_frame: int) -> np.ndarray:
-    """Blocks of a pair of frames that begin `row` and `column` tokens into a block."""
+    """Kept pairs of blocks for two frames that begin `row` and `column` tokens into a block."""
     steps = np.arange(-(-per_frame // block) + 1) * block
     return _near_blocks(reach, steps - row, steps - column, per_frame, block)
 
 
 @functools.lru_cache(maxsize=64)
 def _kept(rule: str, block: int, decay: float, frames: int, per_frame: int) -> np.ndarray:
-    """Entries that are kept of each pair of frames, [F, F]."""
+    """Number of kept entries for each pair of frames, [F, F]."""
     blocks = _blocks(rule, block, decay, frames, per_frame)
     if rule == "general":
         sizes = np.diff(np.minimum(np.arange(blocks.shape[1] + 1) * block, per_frame))
@@ -261,7 +262,7 @@ def _kept(rule: str, block: int, decay: float, frames: int, per_frame: int) -> n
         pairs = by_distance[np.abs(np.arange(frames)[:, None] - np.arange(frames))]
         pairs[:, 0] = per_frame**2
         return pairs
-    # tokens of each block in each frame
+    # number of tokens of each block in each frame
     edges = np.arange(blocks.shape[0] + 1) * block
     starts = np.arange(frames)[:, None] * per_frame
     shared = np.minimum(edges[None, 1:], starts + per_frame) - np.maximum(edges[None, :-1], starts)
@@ -271,7 +272,7 @@ def _kept(rule: str, block: int, decay: float, frames: int, per_frame: int) -> n
 
 @functools.lru_cache(maxsize=64)
 def _decay(rule: str, block: int, keep: float, frames: int, per_frame: int) -> float:
-    """A decay that keeps no more than is asked for, next to one that keeps more."""
+    """A decay that keeps at most the requested fraction, found by bisection next to one that keeps more."""
 
     def kept(decay: float) -> float:
         return int(_kept(rule, block, decay, frames, per_frame).sum()) / (frames * per_frame) ** 2

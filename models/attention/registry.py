@@ -1,4 +1,4 @@
-"""The rows: every attention kind by its name. Nothing here imports JAX, so that help is quick."""
+"""The registry of attention kinds by name. Does not import JAX, so that help is quick."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -24,19 +24,19 @@ _REGISTRY: dict[str, "str | type[Attention]"] = {
     "first_blocks": f"{_PACKAGE}.schedule:FirstBlocks",
     "per_layer": f"{_PACKAGE}.schedule:PerLayer",
 }
-EXACT = "dense"  # what weights are for that say nothing, and what others are compared with
-PER_LAYER = "per_layer"  # a setting for each layer
-SHORT = "monarch"  # whose fields are options of their own on the command line: --tile 3 30 52
+EXACT = "dense"  # the default for weights without a stored kind, and the reference in comparisons
+PER_LAYER = "per_layer"  # the kind that has a setting for each layer
+SHORT = "monarch"  # the kind whose fields are also options on the command line, such as --tile 3 30 52
 
 
 def register[Kind: type](kind: Kind) -> Kind:
-    """Adds a kind of one's own, for a program or a test; kinds of this package have a row above.
+    """Registers a kind from outside of this package.
 
     Args:
         kind: A subclass of `Attention` with a name.
 
     Returns:
-        The class, so that this serves as a decorator.
+        The class, so that this can be used as a decorator.
 
     Raises:
         ValueError: If the name is taken by another class, or cannot be written in the notation.
@@ -53,19 +53,19 @@ def register[Kind: type](kind: Kind) -> Kind:
 
 
 def names() -> tuple[str, ...]:
-    """All kinds by name."""
+    """The names of all kinds."""
     return tuple(_REGISTRY)
 
 
 def kind_named(name: str) -> "type[Attention]":
-    """The class of a kind, imported when it is first asked for.
+    """The class of a kind, imported on first use.
 
     Examples:
         >>> kind_named("dense").__name__
         'DenseAttention'
 
     Raises:
-        ValueError: If there is none of that name; lists those that there are.
+        ValueError: If the name is unknown; the message lists all kinds.
     """
     if name not in _REGISTRY:
         raise ValueError(f"{printable(repr(name), 80)} is not a kind of attention; kinds: {', '.join(names())}.")
@@ -78,5 +78,5 @@ def kind_named(name: str) -> "type[Attention]":
 
 
 def exact() -> "Attention":
-    """The setting that nothing is left out of."""
+    """The setting of exact attention, which keeps all entries."""
     return kind_named(EXACT)()

@@ -1,8 +1,8 @@
-"""Kinds made of kinds: one for the first layers, sampling steps or blocks of frames and another after, or one a layer.
+"""Combinations of kinds: by layer, or one for the first layers, sampling steps or blocks of frames and another after.
 
-What depends on the layer is settled when the network is built. What depends on the step or the block is one compiled
-program for all of them: both kinds are in it, over one cache, and the number picks (`lax.cond`). Where samples or
-frames are at steps of their own, as in training on a sampler's states, both kinds are computed.
+A choice by layer is made when the network is built. A choice by step or block is made in the compiled program, which
+contains both kinds over one cache and selects by the index (`lax.cond`). If samples or frames have steps of their own,
+as in training on a sampler's states, both kinds are computed.
 """
 
 import abc
@@ -38,7 +38,7 @@ def _require_kind(owner: str, name: str, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _ByLayer(Attention):
-    """What is settled for each layer when the network is built."""
+    """A kind that is replaced by each layer's own setting when the network is built."""
 
     def _here(self, context: Context) -> Attention:
         if not isinstance(context.layer, int):
@@ -46,15 +46,15 @@ class _ByLayer(Attention):
         return self.for_layer(context.layer)
 
     def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
-        """As the layer's own setting; its number must be known."""
+        """Calls the layer's own setting; `context.layer` must be static."""
         return self._here(clip.context)(query, key, value, **clip.fields())
 
     def init_cache(self, shape: CacheShape) -> Any:
-        """Layers have caches of their own: ValueError."""
+        """Raises ValueError: each layer's setting creates its own cache."""
         raise ValueError(f"{self} has a cache for each layer's setting; take self.for_layer(number).")
 
     def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NO_CONTEXT) -> Tokens:
-        """As the layer's own setting; its number must be known."""
+        """Calls the layer's own setting; `context.layer` must be static."""
         return self._here(context).attend_cache(cache, query, layer=layer, context=context)
 
 
@@ -63,7 +63,7 @@ class PerLayer(_ByLayer):
     """A setting for each layer: `per_layer(2 * dense, 28 * monarch)`.
 
     Attributes:
-        settings: As many as the network has layers.
+        settings: One for each layer of the network.
     """
 
     name = "per_layer"
@@ -82,11 +82,11 @@ class PerLayer(_ByLayer):
         return self.settings
 
     def for_layer(self, layer: int) -> Attention:
-        """The setting of that number."""
+        """The setting with this index."""
         return self.settings[layer].for_layer(layer)
 
     def check_layers(self, num_layers: int) -> None:
-        """There must be one for each layer."""
+        """Raises ValueError unless there is one setting per layer."""
         if len(self.settings) != num_layers:
             raise ValueError(
                 f"attention has {len(self.settings)} settings for num_layers={num_layers}; give one setting, or one "
@@ -105,9 +105,9 @@ class FirstLayers(_ByLayer):
     """One kind in the first layers, another in the rest: `first_layers(2, dense, monarch)`.
 
     Attributes:
-        layers: How many, from 0.
-        first: Their kind.
-        after: The kind of the others.
+        layers: Number of first layers.
+        first: The kind of these layers.
+        after: The kind of the other layers.
     """
 
     name = "first_layers"
@@ -120,7 +120,7 @@ class FirstLayers(_ByLayer):
         _check_two(self, "layers", self.layers)
 
     def parts(self) -> tuple[Attention, ...]:
-        """Both."""
+        """Both kinds."""
         return self.first, self.after
 
     def after_warm_up(self) -> Attention:
@@ -128,30 +128,30 @@ class FirstLayers(_ByLayer):
         return self.after.after_warm_up()
 
     def for_layer(self, layer: int) -> Attention:
-        """One of both."""
+        """`first` or `after`."""
         return (self.first if layer < self.layers else self.after).for_layer(layer)
 
     def check_layers(self, num_layers: int) -> None:
-        """Not more than there are."""
+        """Raises ValueError if `layers` exceeds the number of layers."""
         if self.layers > num_layers:
             raise ValueError(f"{self}: layers={self.layers} is more than num_layers={num_layers}.")
         super().check_layers(num_layers)
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
-        """That of `after`, since how many layers there are is not known here; a model's is the mean of its layers'."""
+        """The density of `after`, as the number of layers is not known; `density_of_network` averages over layers."""
         return self.after.density(grid, causal_block=causal_block, steps=steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _OneThenOther(Attention):
-    """One kind while a number is small, another from there on, over one cache."""
+    """One kind while an index is below a limit, and another from there on, over one cache."""
 
     first: Attention
     after: Attention
 
     @abc.abstractmethod
     def _early(self, context: Context) -> bool | Array:
-        """Whether it is `first`'s turn, known or traced; the latter also for each sample or each frame of queries."""
+        """Whether `first` applies: static, or traced, for the call, for each sample [B], or each frame [B, F]."""
 
     def _pick(self, context: Context, call: Callable[[Attention], Array]) -> Array:
         early = self._early(context)
@@ -164,27 +164,27 @@ class _OneThenOther(Attention):
         return jnp.where(jnp.repeat(early, first.shape[1] // early.shape[1], axis=1)[..., None, None], first, after)
 
     def parts(self) -> tuple[Attention, ...]:
-        """Both."""
+        """Both kinds."""
         return self.first, self.after
 
     def after_warm_up(self) -> Attention:
-        """The kind of the others."""
+        """The kind after the first steps or blocks."""
         return self.after.after_warm_up()
 
     def for_layer(self, layer: int) -> Attention:
-        """The same of both kinds' settings for the layer, or these if they are the same."""
+        """This combination of both kinds' settings for the layer; a single setting if they are equal."""
         first, after = self.first.for_layer(layer), self.after.for_layer(layer)
         return first if first == after else dataclasses.replace(self, first=first, after=after)
 
     def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
-        """As the kind whose turn it is."""
+        """Calls the kind that applies."""
         return self._pick(clip.context, lambda kind: kind(query, key, value, **clip.fields()))
 
     def init_cache(self, shape: CacheShape) -> Any:
-        """The cache of `after` if `first` reads it, or the other way round.
+        """The cache of `after` if `first` can read it, or the reverse.
 
         Raises:
-            ValueError: If neither reads the other's.
+            ValueError: If neither can read the other's.
         """
         for owner, reader in ((self.after, self.first), (self.first, self.after)):
             cache = owner.init_cache(shape)
@@ -196,16 +196,16 @@ class _OneThenOther(Attention):
         )
 
     def reads(self, cache: Any) -> bool:
-        """What both read."""
+        """Whether both kinds can read the cache."""
         return self.first.reads(cache) and self.after.reads(cache)
 
     @property
     def layers_apart(self) -> bool:
-        """As one of both would have it."""
+        """Whether either kind prefers a cache per layer."""
         return self.first.layers_apart or self.after.layers_apart
 
     def attend_cache(self, cache: Any, query: Tokens, *, layer: Layer = None, context: Context = NO_CONTEXT) -> Tokens:
-        """As the kind whose turn it is."""
+        """Calls the kind that applies."""
         return self._pick(context, lambda kind: kind.attend_cache(cache, query, layer=layer, context=context))
 
 
@@ -213,12 +213,12 @@ class _OneThenOther(Attention):
 class FirstSteps(_OneThenOther):
     """One kind in the first sampling steps, another after: `first_steps(1, dense, monarch)`.
 
-    Where there are no steps, as in training by noise levels, it is `after`.
+    Without steps, as in training on random noise levels, `after` applies.
 
     Attributes:
-        steps: How many calls of the network, from 0, for each clip or block of frames.
-        first: Their kind.
-        after: The kind of the others, of the call that rewrites the cache, and where there are no steps.
+        steps: Number of first network calls of each clip or block of frames.
+        first: The kind of these calls.
+        after: The kind of all other calls, including the one that rewrites the cache.
     """
 
     name = "first_steps"
@@ -232,7 +232,7 @@ class FirstSteps(_OneThenOther):
         return False if context.step is None else _less(context.step, self.steps)
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
-        """The mean over so many steps; of `after` alone if `steps` is None."""
+        """The mean over `steps` sampling steps; the density of `after` if `steps` is None."""
         first, after = (part.density(grid, causal_block=causal_block, steps=steps) for part in (self.first, self.after))
         if steps is None:
             return after
@@ -244,12 +244,12 @@ class FirstSteps(_OneThenOther):
 class FirstBlocks(_OneThenOther):
     """One kind in the first blocks of frames, another after: `first_blocks(1, dense, monarch)`.
 
-    A whole clip with `causal_block` gets the same numbers as a roll-out block by block.
+    A whole clip with `causal_block` gives the same result as a roll-out block by block.
 
     Attributes:
-        blocks: How many, from 0.
-        first: The kind of their queries.
-        after: The kind of the others' queries, to all blocks so far.
+        blocks: Number of first blocks.
+        first: The kind for the queries of these blocks.
+        after: The kind for the queries of later blocks, to the keys of all blocks so far.
     """
 
     name = "first_blocks"
@@ -261,7 +261,7 @@ class FirstBlocks(_OneThenOther):
 
     @property
     def by_blocks(self) -> bool:
-        """It must."""
+        """Always True."""
         return True
 
     def _early(self, context: Context) -> bool | Array:
@@ -273,7 +273,7 @@ class FirstBlocks(_OneThenOther):
         return _less(context.block, self.blocks)
 
     def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:
-        """As the kind whose turn it is; a whole clip's first blocks by `first`, which see nothing after them."""
+        """Calls the kind that applies; in a whole clip, `first` for the first blocks and `after` for the others."""
         if clip.causal_block is None or clip.context.block is not None:
             return super().attend_clip(query, key, value, clip)
         frames = min(self.blocks * clip.causal_block, clip.grid[0])
@@ -288,13 +288,13 @@ class FirstBlocks(_OneThenOther):
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
-        """By frames, if `causal_block` says which are in the first blocks; else that of `after`."""
+        """The mean over the visible entries of all frames if `causal_block` is given; else the density of `after`."""
         if causal_block is None:
             return self.after.density(grid, steps=steps)
         frames = min(self.blocks * causal_block, grid[0])
 
         def parts(kind: Attention, count: int) -> tuple[float, Density]:
-            """Entries seen by the first `count` frames, in units of a pair of frames, and the kind's density there."""
+            """Visible pairs of frames for queries of the first `count` frames, and the kind's density there."""
             part = (count, *grid[1:])
             seen = visible_share(part, causal_block) * count**2
             if not count:
@@ -311,12 +311,12 @@ class FirstBlocks(_OneThenOther):
 
 
 def _less(number: Steps, limit: int) -> bool | Array:
-    """Whether it is smaller: known or traced."""
+    """Whether a number, static or traced, is below the limit."""
     return number < limit if isinstance(number, int) else jnp.asarray(number) < limit
 
 
 def _check_two(setting: Any, name: str, count: int) -> None:
-    """Raises ValueError unless the count is a whole number from 0 on and both kinds are kinds."""
+    """Raises ValueError unless `count` is an integer of at least 0 and `first` and `after` are attention kinds."""
     count = int(index(name, count))
     if count < 0:
         raise ValueError(f"{setting.name}: {name}={count} must be at least 0.")

@@ -1,4 +1,4 @@
-"""Sparse-linear attention (SLA): softmax over the blocks that matter most, and linear attention for all."""
+"""Sparse-linear attention (SLA): softmax attention to selected blocks plus linear attention to all keys."""
 
 import dataclasses
 import functools
@@ -22,13 +22,14 @@ from monarchrt.models.attention.masked import Places, check_share, largest, seen
 class SLAttention(ListedAttention):
     """Trainable sparse attention with a linear branch, out = sparse + proj(linear) (SLA, 2025).
 
-    Sparse: blocks of consecutive queries attend to the k blocks of keys with the largest products of means, of equal
-    ones the first. Linear: with phi the softmax over channels, phi(q) (phi(k)^T v) / (1e-5 + phi(q) . sum phi(k)), over
-    all keys. proj is a linear layer of a head's channels, the same for all heads and zero at the start, so that a model
-    begins as `linear=False` is, training-free. Gradients are exact; the choice of blocks has none.
+    Sparse branch: blocks of consecutive queries attend to the k blocks of keys with the largest products of means, with
+    ties resolved in favour of earlier ones. Linear branch, over all keys, with phi the softmax over channels:
+    phi(q) (phi(k)^T v) / (1e-5 + phi(q) . sum phi(k)). proj is a linear layer on the channels of a head, shared by all
+    heads and initialized to zero, so that a model starts as with `linear=False`, which needs no training. Gradients are
+    exact; the choice of blocks has none.
 
-    k is the share of the blocks that are seen, rounded down as published. Block-causal, blocks of queries begin with
-    their block of frames, and the last block of keys holds what is there so far.
+    k is `keep` times the number of visible blocks, rounded down as published. In block-causal attention, blocks of
+    queries start at their block of frames, and the last block of keys holds the tokens so far.
 
     Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
@@ -36,9 +37,9 @@ class SLAttention(ListedAttention):
         (1, 8, 2, 4)
 
     Attributes:
-        keep: Share of the blocks of keys, above 0 and at most 1.
+        keep: Fraction of the blocks of keys to keep, above 0 and at most 1.
         block: Tokens of a block.
-        linear: Whether there is the linear branch and its projection, head_dim x head_dim and a bias per layer.
+        linear: Whether to add the linear branch with its projection, head_dim x head_dim and a bias per layer.
     """
 
     name = "sla"
@@ -53,7 +54,7 @@ class SLAttention(ListedAttention):
         flag("linear", self.linear)
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
-        """At least one block must be kept."""
+        """Raises ValueError unless at least one block is kept."""
         if grid is None:
             return
         blocks = self._blocks(min(causal_block or grid[0], grid[0]) * grid[1] * grid[2])
@@ -71,11 +72,11 @@ class SLAttention(ListedAttention):
         return -(-tokens // self.block)
 
     def blocks_kept(self, seen: int) -> int:
-        """How many of those seen a block attends to."""
+        """Number of blocks that a block attends to, of those that it sees."""
         return math.floor(Fraction(str(self.keep)) * seen)
 
     def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
-        """See `MaskedAttention`. Values of another width than the queries get the sparse branch alone, as for a map."""
+        """See `MaskedAttention`. Values whose width is not head_dim, as for a map, use the sparse branch only."""
         visible = places.visible
         there = jnp.ones(key.shape[1], bool) if visible is None else visible
         queries, _ = self._means(query, jnp.ones(query.shape[1], bool))
@@ -89,7 +90,7 @@ class SLAttention(ListedAttention):
             starts = even_starts(query.shape[1], self.block)
             ends = even_starts(
                 key.shape[1], self.block, end=places.seen * places.per_frame
-            )  # what is there comes first
+            )  # valid keys come first
             most = self.blocks_kept(len(ends) - 1)
             mask = block_mask(
                 chosen, query_starts=starts, key_starts=ends, columns=min(self.block, key.shape[1]), most=most
@@ -106,7 +107,7 @@ class SLAttention(ListedAttention):
         return out + linear.astype(out.dtype)
 
     def _means(self, tokens: Float[Array, "B N n d"], there: Bool[Array, "N"]) -> tuple[Array, Bool[Array, "C"]]:
-        """Of each block, in float32 or wider, and which blocks hold any token."""
+        """The mean of each block's valid tokens, in float32 or wider, and which blocks have any."""
         blocks, block = self._blocks(tokens.shape[1]), min(self.block, tokens.shape[1])
         rest = blocks * block - tokens.shape[1]
         dtype = jnp.promote_types(tokens.dtype, jnp.float32)
@@ -116,7 +117,7 @@ class SLAttention(ListedAttention):
         return x / jnp.maximum(count, 1)[None, :, None, None], count > 0
 
     def _linear(self, query: Array, key: Array, value: Array, there: Bool[Array, "K"]) -> Float[Array, "B Q n d"]:
-        """In float32 or wider, but for the factors of products, which are in the inputs' dtype."""
+        """The linear branch in float32 or wider; operands of matrix products are in the inputs' dtype."""
         dtype, narrow = jnp.promote_types(query.dtype, jnp.float32), query.dtype
         product = functools.partial(jnp.einsum, preferred_element_type=dtype)
         query, key = (jax.nn.softmax(x.astype(dtype), axis=-1) for x in (query, key))
@@ -126,7 +127,7 @@ class SLAttention(ListedAttention):
         return product("bqnd,bnde->bqne", query.astype(narrow), total.astype(narrow)) / norm[..., None]
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
-        """Of the sparse branch, as if all blocks were as large; exact where they are."""
+        """The density of the sparse branch, assuming blocks of equal size."""
         self.check(grid, causal_block=causal_block)
         seen = seen_frames(grid[0], causal_block)
         blocks = [self._blocks(int(frames) * grid[1] * grid[2]) for frames in seen]

@@ -18,11 +18,11 @@ from monarchrt.models.attention.masked import MOST_FRAMES, Places, check_frames,
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlidingTileAttention(ListedAttention):
-    """Tokens of a tile see those of all tiles in a window around theirs (STA, 2025).
+    """Tokens of a tile see the tokens of all tiles in a window around it (STA, 2025).
 
-    At the borders the window is moved inwards, not cut off. An even side counts as the next odd one, as published.
-    Block-causal, the mask is that of the whole clip and the causal one. There are no parameters; published as
-    training-free or finetuned, with windows that were searched per head.
+    At the borders the window is moved inwards rather than cut off. An even side counts as the next odd one, as
+    published. Block-causal attention combines the mask of the whole clip with the causal mask. There are no parameters;
+    it was published for use without training and with finetuning, with windows that were searched per head.
 
     Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
@@ -32,9 +32,9 @@ class SlidingTileAttention(ListedAttention):
         14.8% of the map
 
     Attributes:
-        tile: (n_f, n_h, n_w) tokens.
-        window: (frames, rows, columns) of the window in tiles, for all heads or a tuple of one for each.
-        frames: Frames of the clip whose end moves the window; None: the grid's, or what a cache holds.
+        tile: (n_f, n_h, n_w), frames, rows and columns of tokens of a tile.
+        window: (frames, rows, columns) of the window in tiles, one for all heads or a tuple with one per head.
+        frames: Frames of the clip, at whose end the window is moved inwards; None: those of the grid or the cache.
     """
 
     name = "sliding_tile"
@@ -55,11 +55,11 @@ class SlidingTileAttention(ListedAttention):
             self._set(frames=positive("frames", self.frames, most=MOST_FRAMES))
 
     def _windows(self) -> tuple[tuple[int, int, int], ...]:
-        """One for all heads, or one for each."""
+        """The windows: one for all heads, or one per head."""
         return self.window if isinstance(self.window[0], tuple) else (self.window,)  # type: ignore[return-value]
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
-        """Tiles must divide the grid."""
+        """Raises ValueError unless tiles divide the grid."""
         if grid is None:
             return
         grid = (check_frames(self.name, self.frames, grid), *grid[1:])
@@ -69,7 +69,7 @@ class SlidingTileAttention(ListedAttention):
             )
 
     def check_rolling(self, rolling: bool) -> None:
-        """Where frames are forgotten there is no last tile."""
+        """Raises ValueError for a rolling cache, since the clip has no last tile at which to move the window."""
         if rolling:
             raise ValueError(
                 "sliding_tile: a rolling cache has no end that the window could be moved in from; generate what fits "
@@ -77,11 +77,11 @@ class SlidingTileAttention(ListedAttention):
             )
 
     def key_tile(self, cache: MonarchKVCache) -> Grid | None:
-        """Its tiles."""
+        """The tile, if the cache is in its order."""
         return self.tile if lies_in(cache, self.tile) else None
 
     def init_cache(self, shape: CacheShape) -> MonarchKVCache:
-        """Keys and values tile by tile if blocks are known to be whole tiles, else in token order."""
+        """A cache in tiled order if blocks are known to be whole tiles, else in token order."""
         cache = super().init_cache(shape)
         if shape.block is None or shape.block % self.tile[0] or shape.frames % self.tile[0]:
             return cache
@@ -103,7 +103,7 @@ class SlidingTileAttention(ListedAttention):
         near = [_near(count, halves[:, axis]) for axis, count in enumerate(tiles)]
         key_tiles = tile_of(*places.keys())
 
-        # looked up in small tables: of the comparisons, written out, XLA makes a wrong program for GPUs (jax 0.11.2)
+        # by lookup in small tables: XLA miscompiles the written-out comparisons for GPUs (jax 0.11.2)
         def keep(rows, scores):
             mask = jnp.ones((1, 1, 1, 1), bool)
             for table, mine, theirs in zip(near, tile_of(*places.queries(rows)), key_tiles, strict=True):
@@ -114,16 +114,16 @@ class SlidingTileAttention(ListedAttention):
         return self.attend_kept(query, key, value, places, keep=keep, blocks=lambda: self._blocks(places, tiles, near))
 
     def _blocks(self, places: Places, tiles: list[int], tables: list[np.ndarray]) -> Blocks:
-        """A block is what is there of a tile in the frames of the call; `tables` are as `_near` makes them."""
+        """The mask by blocks, which are the parts of tiles in the frames of the call; `tables` are from `_near`."""
         (_, rows, columns), place = tiles, np.arange(places.per_frame)
         of_place = place // places.grid[2] // self.tile[1] * columns + place % places.grid[2] // self.tile[2]
-        # over a cache whose frames come and go by tiles, as all do of one frame, all but the tiles' numbers is known
+        # if frames of the cache are valid by whole tiles, as for tiles of one frame, only indices of tiles are traced
         even = not is_known(places) and (self.tile[0] == 1 or places.key_tile is not None)
-        sides = zip(frames_of(places), (places.first, 0), strict=True)  # without a roll, slots are frames
+        sides = zip(frames_of(places), (places.first, 0), strict=True)  # the cache does not roll: slots are frames
         starts, groups, orders = zip(
             *(self._side(frames, first, of_place, rows * columns, even=even) for frames, first in sides), strict=True
         )
-        near = []  # by axis, [1 or n, blocks of queries, of keys]
+        near = []  # for each axis, [1 or n, blocks of queries, blocks of keys]
         numbers = (groups, [np.arange(rows)] * 2, [np.arange(columns)] * 2)
         for table, (mine, theirs) in zip(tables, numbers, strict=True):
             xp: Any = np if all(isinstance(x, np.ndarray) for x in (mine, theirs)) else jnp
@@ -142,14 +142,14 @@ class SlidingTileAttention(ListedAttention):
         return Blocks(mask=mask, queries=orders[0], keys=None if places.key_tile else orders[1])
 
     def _side(self, frames: Any, first: Any, of_place: np.ndarray, per_layer: int, *, even: bool) -> tuple:
-        """Where blocks of queries or keys begin, which layer of tiles each layer is, and the order of the tokens.
+        """First tokens of the blocks of queries or keys, index in time of each layer of tiles, and order of the tokens.
 
         Args:
-            frames: Where the tokens are, negative where there is no frame.
+            frames: The frame of each frame of tokens; negative if not valid.
             first: The first of them.
-            of_place: Number of the tile of each place in a frame.
+            of_place: Index of the tile of each position in a frame.
             per_layer: Tiles of a frame.
-            even: Whether the frames are those of whole tiles.
+            even: Whether the frames form whole tiles.
         """
         depth, count = self.tile[0], len(frames)
         if even:
@@ -159,7 +159,7 @@ class SlidingTileAttention(ListedAttention):
             of_frame = (np.arange(count) + first % depth) // depth
             most = int(of_frame[-1]) + 1 if isinstance(of_frame, np.ndarray) else (count + depth - 2) // depth + 1
             sizes = ((of_frame[None] == np.arange(most)[:, None]) & (frames >= 0)[None]).sum(1)
-            of_frame = of_frame + (frames < 0) * most  # what is not there comes last
+            of_frame = of_frame + (frames < 0) * most  # invalid frames come last
             numbers = first // depth + np.arange(most)
         xp: Any = np if isinstance(sizes, np.ndarray) else jnp
         sizes = xp.repeat(sizes * math.prod(self.tile[1:]), per_layer)
@@ -167,7 +167,7 @@ class SlidingTileAttention(ListedAttention):
         return starts, numbers, Order.by((of_frame[:, None] * per_layer + of_place[None]).ravel())
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
-        """Exact; the mean over the heads' windows."""
+        """Exact; the mean over heads."""
         self.check(grid, causal_block=causal_block)
         frames = check_frames(self.name, self.frames, grid)
         seen = seen_frames(grid[0], causal_block)
@@ -186,7 +186,7 @@ class SlidingTileAttention(ListedAttention):
 
 
 def _near(count: int, halves: np.ndarray) -> np.ndarray:
-    """Which of `count` tiles along an axis see which, [n, count, count], by half of the window, [n]."""
+    """Which of `count` tiles along an axis see which, [n, count, count], for windows of half-widths [n]."""
     half = halves[:, None]
     centre = np.minimum(np.maximum(np.arange(count)[None], half), count - 1 - half)
     return np.abs(centre[:, :, None] - np.arange(count)) <= half[:, :, None]

@@ -1,4 +1,4 @@
-"""Softmax attention of all queries to all keys, by cuDNN where it can run."""
+"""Softmax attention of all queries to all keys, by cuDNN if it supports the call."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,8 +12,8 @@ from monarch_jax.devices import on_cuda
 from monarchrt.models.sharding import BY_HEADS, on_each_device
 
 IMPLEMENTATIONS = ("xla", "cudnn")
-BLOCKS = 132  # of keys and heads that keep a Hopper GPU busy, one for each of its multiprocessors
-KEYS, QUERIES = 64, 1024  # of a block; that a group has at least
+BLOCKS = 132  # pairs of a block of keys and a head that occupy a Hopper GPU, one for each multiprocessor
+KEYS, QUERIES = 64, 1024  # keys of a block; least number of queries of a group
 type Attend = Callable[..., Array]
 
 
@@ -25,9 +25,9 @@ def softmax_attention(
     valid_keys: Int[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B Q n d"]:
-    """Softmax attention without a mask, scale d^-1/2, float32 softmax.
+    """Softmax attention without a mask, with scale d^-1/2 and a float32 softmax.
 
-    On a mesh each device attends for its part of the batch and its heads (cuDNN takes nothing that is split otherwise).
+    On a mesh each device attends for its part of the batch and its heads, since cuDNN supports no other splits.
 
     Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
@@ -38,14 +38,14 @@ def softmax_attention(
         query: [B, queries, heads, head_dim].
         key: [B, keys, heads, head_dim].
         value: As `key`.
-        valid_keys: How many leading keys are seen, a traced int32 scalar; None sees all.
+        valid_keys: Number of leading keys that are seen, an int32 scalar that may be traced; None: all.
         implementation: "xla", "cudnn", or None: cuDNN for half precision on an NVIDIA GPU from Ampere on, else XLA.
 
     Returns:
         [B, queries, heads, head_dim].
 
     Raises:
-        ValueError: If cuDNN is asked for and the dtype or head size is beyond it.
+        ValueError: If cuDNN is requested and does not support the dtype or the head size.
     """
     cudnn_can = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
     if implementation is None:
@@ -68,7 +68,7 @@ def softmax_attention(
 
 
 def query_groups(shape: tuple[int, ...], keys: int) -> int:
-    """Groups that the queries are split in for cuDNN's gradient, which works by blocks of keys: few, of a text.
+    """Number of groups of queries for cuDNN's gradient, which parallelises over blocks of keys: a text has few.
 
     Examples:
         >>> query_groups((1, 32760, 12, 128), 512), query_groups((1, 32760, 12, 128), 32760)
@@ -81,7 +81,7 @@ def query_groups(shape: tuple[int, ...], keys: int) -> int:
 
 
 def _by_groups(attend: Attend, groups: int) -> Attend:
-    """The same, with gradients by groups of queries beside each other, whose keys' and values' are added up."""
+    """`attend` with a gradient that is computed for groups of queries in parallel and summed for keys and values."""
 
     def repeated(x: Array) -> Array:
         return jnp.repeat(x, groups, axis=0)

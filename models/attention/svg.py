@@ -1,4 +1,4 @@
-"""Sparse VideoGen (SVG): a band and a sink, in token order or position by position, whichever suits the head."""
+"""Sparse VideoGen (SVG): a band and a sink in one of two token orders, chosen per head."""
 
 import dataclasses
 import math
@@ -26,28 +26,28 @@ from monarchrt.models.attention.masked import (
     seen_frames,
 )
 
-type Number = Callable[[Any, Any], Any]  # (frame, place in the frame) -> number in an order
-LISTED = (128, 64)  # queries and keys of a block of the kernels, whatever the band is rounded to
-MOST_AT_A_TIME = 128  # rows whose scores are there at a time
-MOST_ROWS = 10_000  # that are compared, far beyond use
-UNREACHED = 2**30  # the number of a key that is not there, out of reach of all
+type Number = Callable[[Any, Any], Any]  # (frame, position in the frame) -> index in an order
+LISTED = (128, 64)  # queries and keys of a block of the kernels, independent of `block`
+MOST_AT_A_TIME = 128  # rows of scores that are computed at a time
+MOST_ROWS = 10_000  # limit on the number of compared rows, far above practical values
+UNREACHED = 2**30  # index of an invalid key, outside of every band
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SVGAttention(ListedAttention):
     """A band around the diagonal and a sink of one frame's length, in one of two token orders per head (SVG, 2025).
 
-    Spatial heads have the tokens in order, so that the band is the neighbouring frames and the sink the first frame.
-    Temporal heads have them position by position, p*F + f: the band is what was and will be near this place, and the
-    sink the first T/F places of all frames. Each call finds the order of each head and sample: for some rows it
-    compares the output of dense attention with those under two coarse masks, and takes the nearer one. The choice has
-    no gradient.
+    Spatial heads use token order, in which the band covers neighbouring frames and the sink the first frame. Temporal
+    heads order tokens by position, p*F + f: the band covers nearby positions in all frames, and the sink the first
+    positions of all frames, as many tokens as a frame has. Each call chooses the order for each head and sample: for
+    some rows it compares the output of dense attention with the outputs under two coarse masks and takes the closer
+    one. The choice has no gradient.
 
-    Published as training-free; `keep=0.15` is its argument `--sparsity 0.15`, which names what the band keeps. The sink
-    comes on top: really 19.3% at 480p, which `density` says. Its authors call 0.2 to 0.25 the least for Wan.
+    It was published for use without training; `keep=0.15` is its argument `--sparsity 0.15`, the fraction that the band
+    keeps. With the sink it is 19.3% at 480p, as `density` reports. Its authors recommend at least 0.2 to 0.25 for Wan.
 
-    Block-causal, the mask is that of the whole clip and the causal one, rows are drawn from the newest block, and
-    `density` is the mean of both orders.
+    Block-causal attention combines the mask of the whole clip with the causal mask, draws rows from the newest block,
+    and reports the mean of both orders as `density`.
 
     Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
@@ -57,12 +57,12 @@ class SVGAttention(ListedAttention):
         19.3% of the map (asked for: 15.0%)
 
     Attributes:
-        keep: Share of the map in the band, above 0 and at most 1.
-        rows: Numbers of the rows that are compared; or how many are drawn, with replacement, the same in every call.
+        keep: Fraction of the map in the band, above 0 and at most 1.
+        rows: Indices of the rows to compare; or their number, to be drawn with replacement, the same in every call.
         seed: Seed of the draw.
-        drawn_from: Rows are drawn among so many of the first.
-        block: Tokens that the band is rounded up to, and sides of the blocks of the coarse masks.
-        frames: Frames of the clip that the orders and the width are made for; None: the grid's, or what a cache holds.
+        drawn_from: Number of first rows from which rows are drawn.
+        block: Multiple of tokens to which the band's width is rounded up, and size of the blocks of the coarse masks.
+        frames: Frames of the clip that determine the orders and the width; None: those of the grid or the cache.
     """
 
     name = "svg"
@@ -90,7 +90,7 @@ class SVGAttention(ListedAttention):
             self._set(frames=positive("frames", self.frames, most=MOST_FRAMES))
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
-        """Rows must be in every block; the clip must not outgrow `frames`; a band of one block must not be too wide."""
+        """Raises ValueError unless rows exist in every block, the grid has at most `frames`, and `keep` is feasible."""
         if grid is None:
             return
         whole = check_frames(self.name, self.frames, grid) * grid[1] * grid[2]
@@ -104,17 +104,17 @@ class SVGAttention(ListedAttention):
             )
 
     def half_width(self, grid: Grid) -> int:
-        """W: pairs of tokens at most this far apart in their order are in the band.
+        """Half-width of the band: pairs of tokens at most this far apart in the order are in it.
 
         Examples:
             >>> SVGAttention(keep=0.15).half_width((21, 30, 52))
             2560
         """
         tokens = check_frames(self.name, self.frames, grid) * grid[1] * grid[2]
-        rest = (1 - Fraction(str(self.keep))) * tokens**2  # of the map, outside of the band
+        rest = (1 - Fraction(str(self.keep))) * tokens**2  # entries of the map outside of the band
 
         def reaches(blocks: int) -> bool:
-            """Whether that many blocks are at least N*(1 - sqrt(1 - keep)) tokens."""
+            """Whether a half-width of this many blocks is at least N*(1 - sqrt(1 - keep)) tokens."""
             outside = tokens - blocks * self.block
             return outside <= 0 or outside**2 <= rest
 
@@ -124,7 +124,7 @@ class SVGAttention(ListedAttention):
         return blocks * self.block
 
     def _orders(self, grid: Grid) -> tuple[Number, Number]:
-        """Numbers of tokens in the spatial and in the temporal order."""
+        """Index of a token in the spatial and in the temporal order."""
         frames, per_frame = check_frames(self.name, self.frames, grid), grid[1] * grid[2]
         return (lambda frame, place: frame * per_frame + place), (lambda frame, place: place * frames + frame)
 
@@ -135,7 +135,7 @@ class SVGAttention(ListedAttention):
         return jax.random.randint(jax.random.key(self.seed), (self.rows,), 0, among, jnp.int32)
 
     def profile_masks(self, rows: Int[Array, "R"], places: Places) -> list[Bool[Array, "R K"]]:
-        """What some queries keep under the spatial and under the temporal mask that choose between the orders."""
+        """The coarse spatial and temporal masks of some queries, by which the order is chosen."""
         reach, masks = 2 * places.per_frame // self.block, []
         for order in self._orders(places.grid):
             mine, theirs = order(*places.queries(rows)), order(*places.keys())
@@ -144,17 +144,17 @@ class SVGAttention(ListedAttention):
         return masks
 
     def temporal_heads(self, query: Array, key: Array, value: Array, places: Places) -> Bool[Array, "B n"]:
-        """Which heads are nearer to dense attention under the temporal profile mask than under the spatial one.
+        """Which heads are closer to dense attention under the coarse temporal mask than under the spatial one.
 
-        Arguments are as in `MaskedAttention.attend`. The masks keep pairs of blocks closer than two frames, and the
-        keys of the first frame.
+        Arguments are as in `MaskedAttention.attend`. The masks keep pairs of blocks that are less than two frames of
+        tokens apart, and the keys of the first frame.
         """
         rows = self._profile_rows(query.shape[1])
         visible = places.visible
         wide = jnp.promote_types(query.dtype, jnp.float32)
 
         def outputs(rows: Int[Array, "R"]) -> Float[Array, "3 B R n d"]:
-            """Of dense attention and under both masks: the scores are made once, and gone through three times."""
+            """Outputs of dense attention and under both masks, from one computation of the scores."""
             scores = jnp.einsum("brnd,bknd->bnrk", query[:, rows], key, preferred_element_type=wide)
             scores *= query.shape[-1] ** -0.5
             if visible is not None:
@@ -167,7 +167,7 @@ class SVGAttention(ListedAttention):
                 jnp.exp(x - jnp.where(top == -jnp.inf, 0.0, top)[..., None]) for x, top in zip(kept, tops, strict=True)
             ]
             totals = lax.reduce(tuple(weights), (none,) * 3, lambda x, y: tuple(map(jnp.add, x, y)), (3,))
-            joined = jnp.concatenate(weights, axis=2).astype(value.dtype)  # rows of all three: one product
+            joined = jnp.concatenate(weights, axis=2).astype(value.dtype)  # one matrix product for all three
             out = jnp.einsum("bnrk,bknd->bnrd", joined, value, preferred_element_type=wide)
             total = jnp.concatenate(totals, axis=2)[..., None]
             out = jnp.stack(jnp.split(out / jnp.where(total == 0.0, 1.0, total), 3, axis=2))
@@ -178,7 +178,7 @@ class SVGAttention(ListedAttention):
         out = jnp.moveaxis(lax.map(outputs, chunks), 0, 2)  # [3, B, chunks, R, n, d]
         out = out.reshape(*out.shape[:2], -1, *out.shape[4:])[:, :, : len(rows)]
         spatial, temporal = (jnp.square(x - out[0]).mean((1, 3)) for x in out[1:])
-        return temporal < spatial  # ties are spatial
+        return temporal < spatial  # spatial in case of a tie
 
     def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
         """See `MaskedAttention`."""
@@ -198,7 +198,7 @@ class SVGAttention(ListedAttention):
         return self.attend_kept(query, key, value, places, keep=keep, blocks=lambda: self._blocks(places, of_head))
 
     def _blocks(self, places: Places, temporal: Bool[Array, "B n"]) -> Blocks:
-        """The tokens of each head in its order, and what the band reaches in it."""
+        """The mask by blocks, with the tokens of each head in its order."""
         by_frame, by_place = (self._in_order(places, by_place=by_place) for by_place in (False, True))
         return Blocks(
             mask=either(temporal, by_place[0], by_frame[0]),
@@ -207,7 +207,7 @@ class SVGAttention(ListedAttention):
         )
 
     def _in_order(self, places: Places, *, by_place: bool) -> tuple[BlockMask, Order, Order]:
-        """Blocks and tokens in one order."""
+        """The mask by blocks in one of the orders, and the orders of queries and keys."""
         number = self._orders(places.grid)[by_place]
         width, sink = self.half_width(places.grid), places.per_frame
         orders, numbers, starts, ends = [], [], [], []
@@ -218,7 +218,7 @@ class SVGAttention(ListedAttention):
             orders.append(order)
             numbers.append(xp.where(frame >= 0, number(frame, place), UNREACHED).astype(np.int32))
             starts.append(even_starts(len(place), block))
-            ends.append((numbers[-1][starts[-1][:-1]], numbers[-1][starts[-1][1:] - 1]))  # of each block
+            ends.append((numbers[-1][starts[-1][:-1]], numbers[-1][starts[-1][1:] - 1]))  # first and last of each block
         low, high = (x[:, None] for x in ends[0])
         key_low, key_high = (x[None] for x in ends[1])
         seen = ((key_low - high <= width) & (low - key_high <= width)) | (key_low < sink)
@@ -230,14 +230,14 @@ class SVGAttention(ListedAttention):
         return mask, orders[0], orders[1]
 
     def kept_by_order(self, grid: Grid, *, causal_block: int | None = None) -> tuple[float, float]:
-        """Shares of all N^2 entries that spatial and temporal heads keep, counted exactly."""
+        """Fractions of all N^2 entries that spatial and temporal heads keep, counted exactly."""
         frames, per_frame = check_frames(self.name, self.frames, grid), grid[1] * grid[2]
         tokens, width = grid[0] * per_frame, self.half_width(grid)
         frame, place = np.divmod(np.arange(tokens, dtype=np.int64), per_frame)
         seen = seen_frames(grid[0], causal_block)[frame]
 
         def spatial(number: np.ndarray) -> np.ndarray:
-            """How many visible keys come before a number."""
+            """Number of visible keys before an index."""
             return np.clip(number, 0, seen * per_frame)
 
         def temporal(number: np.ndarray) -> np.ndarray:
@@ -253,16 +253,16 @@ class SVGAttention(ListedAttention):
         return shares[0], shares[1]
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
-        """Exact for one order; which one a head takes matters only where attention is block-causal: there, the mean."""
+        """Exact; both orders keep the same fraction unless attention is block-causal, for which this is their mean."""
         self.check(grid, causal_block=causal_block)
         kept = sum(self.kept_by_order(grid, causal_block=causal_block)) / 2
         return Density(self.keep, kept, kept / (float(seen_frames(grid[0], causal_block).sum()) / grid[0] ** 2))
 
 
 def order_of(frames: Any, seen: Any, per_frame: int, *, by_place: bool) -> tuple[Order, Any, Any]:
-    """Tokens frame by frame, or place by place, in time; those of frames that are not there come last, frame by frame.
+    """Orders tokens by frame, or by position and then frame; tokens of invalid frames come last, by frame.
 
-    Nothing but the frames is sorted: where a token comes is computed.
+    Only the frames are sorted; the index of each token is computed from their order.
 
     Examples:
         >>> order, frame, place = order_of(np.array([0, 1]), 2, 3, by_place=True)
@@ -272,13 +272,13 @@ def order_of(frames: Any, seen: Any, per_frame: int, *, by_place: bool) -> tuple
         ([0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 2, 2])
 
     Args:
-        frames: [F], the frame of each run of `per_frame` tokens, negative where there is none.
-        seen: How many there are.
+        frames: [F], the frame of each run of `per_frame` tokens; negative if not valid.
+        seen: Number of valid frames.
         per_frame: Tokens of a frame.
-        by_place: Whether place by place.
+        by_place: Whether to order by position first.
 
     Returns:
-        The order, and of each token in it the frame and the place.
+        The order, and the frame and the position of each token in this order.
     """
     xp: Any = np if isinstance(frames, np.ndarray) else jnp
     in_time = xp.argsort(xp.where(frames >= 0, frames, UNREACHED), stable=True)

@@ -1,4 +1,4 @@
-"""SVG2: clusters of queries attend to the clusters of keys that make up most of the softmax, by their centroids."""
+"""SVG2: clusters of queries attend to the clusters of keys whose centroids have the largest softmax weights."""
 
 import dataclasses
 import functools
@@ -24,23 +24,24 @@ from monarchrt.models.attention.masked import (
     say_exact,
 )
 
-TOLERANCE = 1e-4  # k-means stops when no centroid moves further
-MOST_ITERATIONS = 10_000  # far beyond use
-ROWS = 2048  # tokens whose distances to all centroids are there at a time
+TOLERANCE = 1e-4  # k-means stops when no centroid moves farther
+MOST_ITERATIONS = 10_000  # far above practical values
+ROWS = 2048  # tokens whose distances to all centroids are computed at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SVG2Attention(MaskedAttention):
     """Semantic clusters (Sparse VideoGen 2, 2025): k-means of queries and keys, and a map of clusters by top-p.
 
-    For each head, with n_j keys in cluster j, p_ij is the softmax of centroids' scores with weights n_j. A cluster of
-    queries keeps the largest until they sum to `top_p`, the one that crosses it included, and `min_keep` of all
-    clusters in any case. Queries attend to all keys of the clusters that theirs keeps. Neither k-means nor the map has
-    a gradient.
+    For each head, with n_j keys in cluster j, p_ij is the softmax of the centroids' scores with weights n_j. A cluster
+    of queries keeps the clusters of keys with the largest p until these sum to `top_p`, including the one that reaches
+    it, and at least the fraction `min_keep` of all clusters. Queries attend to all keys of the kept clusters. Neither
+    k-means nor the map has a gradient.
 
-    How much is kept depends on the data: `density` cannot say (its shares are NaN), `measure` does for given queries
-    and keys. Published for whole clips, where later sampling steps start from the centroids of the step before and
-    iterate twice; here each call starts anew. Block-causal, each block clusters its queries and all keys that it sees.
+    The kept fraction depends on the data: `density` is NaN, and `measure` counts it for given queries and keys. It was
+    published for whole clips, where later sampling steps start from the centroids of the previous step and iterate
+    twice; here each call starts from scratch. In block-causal attention each block clusters its queries and all keys
+    that it sees.
 
     Examples:
         >>> x = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
@@ -48,12 +49,12 @@ class SVG2Attention(MaskedAttention):
         (1, 8, 2, 4)
 
     Attributes:
-        query_clusters: Clusters of the queries of a call, at most as many as it has.
-        key_clusters: Clusters of the keys, likewise; some may stay empty.
-        top_p: Share of the softmax to reach, above 0 and at most 1.
-        min_keep: Least share of the key clusters that is kept, from 0 to 1, counted in clusters, rounded down.
-        iterations: Most rounds of k-means.
-        seed: Seed of the tokens, drawn with replacement, that centroids begin at; the same in every call.
+        query_clusters: Number of clusters of queries, at most the number of queries of a call.
+        key_clusters: Number of clusters of keys, at most the number of keys; some may stay empty.
+        top_p: Sum of softmax weights to reach, above 0 and at most 1.
+        min_keep: Least fraction of the key clusters to keep, from 0 to 1; the number of clusters is rounded down.
+        iterations: Largest number of k-means iterations.
+        seed: Seed for drawing the tokens at which centroids start, with replacement; the same in every call.
     """
 
     name = "svg2"
@@ -76,7 +77,7 @@ class SVG2Attention(MaskedAttention):
         self._set(seed=check_seed(self.name, self.seed))
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
-        """There must be as many tokens as clusters."""
+        """Raises ValueError if there are more clusters than tokens."""
         if grid is None:
             return
         first = min(causal_block or grid[0], grid[0])
@@ -89,14 +90,17 @@ class SVG2Attention(MaskedAttention):
     def clusters(
         self, query: Array, key: Array, places: Places
     ) -> tuple[Int[Array, "B n Q"], Int[Array, "B n K"], Bool[Array, "B n QC KC"]]:
-        """Labels of queries and keys, and which clusters of queries keep which of keys; as `MaskedAttention.attend`."""
+        """Cluster of each query and key, and the clusters of keys that each cluster of queries keeps.
+
+        Arguments are as in `MaskedAttention.attend`.
+        """
         query, key = (jnp.moveaxis(lax.stop_gradient(x), 2, 1) for x in (query, key))
         query_start, key_start = jax.random.split(jax.random.key(self.seed))
         visible = places.visible
         queries, keys = query.shape[2], key.shape[2]
         slots = jnp.arange(keys)
         if visible is not None:
-            slots = jnp.argsort(~visible)  # those that there are come first, in order
+            slots = jnp.argsort(~visible)  # valid ones first, in order
         seen = places.seen * places.per_frame
 
         def draw(start: Array, clusters: int, count: Any) -> Int[Array, "clusters"]:
@@ -130,7 +134,7 @@ class SVG2Attention(MaskedAttention):
         grid: Grid,
         causal_block: int | None = None,
     ) -> Density:
-        """What is kept of the map of given queries and keys, the mean over samples and heads.
+        """The density for given queries and keys, the mean over samples and heads.
 
         Examples:
             >>> x = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
@@ -154,7 +158,7 @@ class SVG2Attention(MaskedAttention):
         return Density(self.top_p, kept / (grid[0] * per_frame) ** 2, kept / seen)
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
-        """NaN: it depends on the data."""
+        """NaN, since it depends on the data; see `measure`."""
         self.check(grid, causal_block=causal_block)
         return Density(math.nan, math.nan, math.nan)
 
@@ -162,12 +166,12 @@ class SVG2Attention(MaskedAttention):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Clusters:
-    """What k-means found.
+    """The result of k-means.
 
     Attributes:
-        labels: [B, n, N], of the centroids before the last update.
+        labels: [B, n, N], nearest of the centroids before the last update.
         centroids: [B, n, C, d] in float32, after the last update, unless they had converged before it.
-        sizes: int32 [B, n, C], how many tokens have each label.
+        sizes: int32 [B, n, C], number of tokens with each label.
     """
 
     labels: Any
@@ -178,9 +182,9 @@ class Clusters:
 def kmeans(
     tokens: Float[Array, "B n N d"], centroids: Float[Array, "B n C d"], there: Bool[Array, "N"], *, iterations: int
 ) -> Clusters:
-    """Euclidean k-means in each head, until no centroid of a sample moves by 1e-4, or so many rounds.
+    """Euclidean k-means per head, until no centroid of a sample moves by more than 1e-4.
 
-    A cluster without members keeps its centroid. Memory is linear in the tokens.
+    An empty cluster keeps its centroid. Memory is linear in the number of tokens.
 
     Examples:
         >>> x = jnp.array([0.0, 1.0, 10.0, 11.0]).reshape(1, 1, 4, 1)
@@ -190,9 +194,9 @@ def kmeans(
 
     Args:
         tokens: [B, heads, N, d].
-        centroids: [B, heads, C, d] to begin with.
-        there: Which tokens there are.
-        iterations: At least 1.
+        centroids: [B, heads, C, d], initial centroids.
+        there: bool [N], which tokens are valid.
+        iterations: Largest number of iterations, at least 1.
 
     Returns:
         Labels, centroids and sizes.
@@ -247,22 +251,22 @@ def cluster_map(
     top_p: float,
     min_keep: float,
 ) -> Bool[Array, "B n QC KC"]:
-    """Which clusters of keys each cluster of queries keeps.
+    """The clusters of keys that each cluster of queries keeps.
 
     Args:
-        query: Centroids of queries.
-        key: Centroids of keys.
-        sizes: Keys in each cluster; an empty one has no weight.
-        top_p: Clusters are kept while those larger sum to no more.
-        min_keep: Share of the clusters that is kept in any case.
+        query: [B, heads, QC, d], centroids of queries.
+        key: [B, heads, KC, d], centroids of keys.
+        sizes: int32 [B, heads, KC], number of keys in each cluster; empty clusters have no weight.
+        top_p: A cluster is kept if the weights of all larger ones sum to at most this.
+        min_keep: Fraction of the clusters to keep in any case.
 
     Returns:
-        [B, heads, clusters of queries, clusters of keys].
+        bool [B, heads, QC, KC].
     """
     scores = jnp.einsum("bnqd,bnkd->bnqk", query, key, precision=lax.Precision.HIGHEST) * query.shape[-1] ** -0.5
     weights = sizes[:, :, None].astype(jnp.float32) * jnp.exp(scores - scores.max(-1, keepdims=True))
     shares = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-12)
-    order = jnp.argsort(-shares, axis=-1)  # stable
+    order = jnp.argsort(-shares, axis=-1)  # a stable sort
     reached = jnp.cumsum(jnp.take_along_axis(shares, order, -1), -1)
     before = jnp.concatenate([jnp.zeros_like(reached[..., :1]), reached[..., :-1]], -1)
     least = math.floor(Fraction(str(min_keep)) * key.shape[2])

@@ -1,4 +1,4 @@
-"""Exact top-k: every query attends to the keys of its largest scores, the paper's oracle."""
+"""Exact top-k attention, the paper's oracle: every query attends to the keys with its largest scores."""
 
 import dataclasses
 import math
@@ -24,9 +24,9 @@ from monarchrt.models.attention.masked import (
 class TopKAttention(MaskedAttention):
     """Softmax over the k largest scores of each query and head (MonarchRT paper, Section 2.2: "oracle top-k").
 
-    k is the share of the keys that the query sees, rounded up; of equal scores the first are taken, so that there are
-    exactly k. All scores are computed: this says what a choice of keys can give, not how fast. The choice has no
-    gradient.
+    k is `keep` times the number of visible keys, rounded up; of equal scores the first are taken, so that there are
+    exactly k. All scores are computed: this shows the quality that a choice of keys can reach, not its speed. The
+    choice has no gradient.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -37,7 +37,7 @@ class TopKAttention(MaskedAttention):
         8.6% of the map, 15.0% of what is visible
 
     Attributes:
-        keep: Share of the visible keys that are kept, above 0 and at most 1.
+        keep: Fraction of the visible keys to keep, above 0 and at most 1.
     """
 
     name = "top_k"
@@ -47,7 +47,7 @@ class TopKAttention(MaskedAttention):
         self._set(keep=check_share(self.name, "keep", self.keep))
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
-        """One key of those that the newest queries see must be about what is asked for."""
+        """Raises ValueError if a single key is more than twice the requested fraction."""
         if grid is not None:
             tokens = math.prod(grid)
             check_reach(self.name, self.keep, 1 / tokens, f"{tokens} keys")
@@ -58,7 +58,7 @@ class TopKAttention(MaskedAttention):
         among = None if visible is None else visible[None, None, None]
         count = places.by_seen(lambda frames: ceil_share(self.keep, frames * places.per_frame))
         if on_cuda() and value.shape[-1] == query.shape[-1]:
-            say_exact(self.name, "each query has keys of its own.")
+            say_exact(self.name, "each query keeps different keys.")
         return masked_attention(
             query, key, value, keep=lambda rows, scores: largest(scores, count, among=among), visible=visible
         )

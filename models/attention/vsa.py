@@ -1,4 +1,4 @@
-"""Video sparse attention (VSA): cubes of tokens choose cubes by their means, beside attention among the means."""
+"""Video sparse attention (VSA): attention to cubes of tokens selected by their means, and attention among the means."""
 
 import dataclasses
 import math
@@ -40,13 +40,14 @@ from monarchrt.models.attention.masked import (
 class VSAttention(ListedAttention):
     """Trainable sparse attention in two branches, out = gate * coarse + fine (VSA, 2025).
 
-    Queries, keys and values are averaged over cubes. Coarse: softmax attention among the means, each cube's output
-    for all of its tokens. Fine: softmax attention of a cube's tokens to those of the k cubes with the largest scores of
-    means, of equal ones the first. The gate is a linear layer of the block's input and zero at the start, so that a
-    model begins as `gate=False` is, training-free. Gradients are exact; the choice of cubes has none.
+    Queries, keys and values are averaged over cubes. Coarse branch: softmax attention among the means; each cube's
+    output applies to all of its tokens. Fine branch: softmax attention of a cube's tokens to the tokens of the k cubes
+    with the largest scores of means, with ties resolved in favour of earlier cubes. The gate is a linear layer on the
+    block's input, initialized to zero, so that a model starts as with `gate=False`, which needs no training. Gradients
+    are exact; the choice of cubes has none.
 
-    k is the share of the cubes that are seen, rounded up. Cubes at the end of an axis may hold fewer tokens.
-    Block-causal, cubes lie in one block of frames, and a cube chooses among those that its block sees.
+    k is `keep` times the number of visible cubes, rounded up. Cubes at the end of an axis may hold fewer tokens. In
+    block-causal attention a cube lies in one block of frames, and its tokens see the cubes that the block sees.
 
     Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
@@ -56,9 +57,10 @@ class VSAttention(ListedAttention):
         ((7, 6, 13), 82)
 
     Attributes:
-        keep: Share of the cubes that each cube attends to, above 0 and at most 1.
-        cube: (n_f, n_h, n_w) tokens; published is (4, 4, 4), while (3, 5, 4) divides 480p, 720p and blocks of 3 frames.
-        gate: Whether there is the coarse branch and its gate, dim x dim and a bias per layer.
+        keep: Fraction of the cubes that each cube attends to, above 0 and at most 1.
+        cube: (n_f, n_h, n_w), frames, rows and columns of tokens of a cube. (4, 4, 4) was published; (3, 5, 4) divides
+            480p, 720p and blocks of 3 frames.
+        gate: Whether to add the coarse branch with its gate, dim x dim and a bias per layer.
     """
 
     name = "vsa"
@@ -73,7 +75,7 @@ class VSAttention(ListedAttention):
         flag("gate", self.gate)
 
     def check(self, grid: Grid | None, *, causal_block: int | None = None) -> None:
-        """A cube must lie in one causal block, and one cube of all be about what is asked for."""
+        """Raises ValueError unless cubes lie in causal blocks, and one cube is at most twice the requested fraction."""
         if grid is not None:
             cubes = math.prod(self.cubes(grid))
             check_reach(
@@ -95,18 +97,18 @@ class VSAttention(ListedAttention):
         return zero_linear(sizes.dim, sizes.num_heads * sizes.head_dim, sizes, rngs=rngs)
 
     def cubes(self, grid: Grid) -> tuple[int, int, int]:
-        """How many cubes there are along each axis."""
+        """Number of cubes along each axis."""
         return tuple(-(-size // side) for size, side in zip(grid, self.cube, strict=True))  # type: ignore[return-value]
 
     def cubes_kept(self, seen: int) -> int:
-        """How many of those seen a cube attends to."""
+        """Number of cubes that a cube attends to, of those that it sees."""
         return ceil_share(self.keep, seen)
 
     def attend(self, query: Array, key: Array, value: Array, places: Places, context: Context) -> Array:
-        """See `MaskedAttention`. Values of another width than the queries', as for a map, get the fine branch alone."""
+        """See `MaskedAttention`. Values whose width is not head_dim, as for a map, use the fine branch only."""
         height, width = places.grid[1:]
         query_grid, key_grid = (places.frames, height, width), (len(places.key_frames), height, width)
-        per_layer = math.prod(self.cubes((1, height, width)))  # cubes in as many frames as a cube has
+        per_layer = math.prod(self.cubes((1, height, width)))  # cubes in the frames of one cube
         in_cubes = places.key_tile is not None
         means = [self._means(query, query_grid), self._means(key, key_grid, in_cubes=in_cubes)]
         scores = jnp.einsum("bcnd,bknd->bnck", *means, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
@@ -137,19 +139,19 @@ class VSAttention(ListedAttention):
         return out + gate.astype(out.dtype) * coarse[:, of_query]
 
     def _cube_of(self, grid: Grid) -> np.ndarray:
-        """The number of each token's cube, [N]."""
+        """Index of each token's cube, [N]."""
         _, rows, columns = self.cubes(grid)
         frame, row, column = (np.arange(size) // side for size, side in zip(grid, self.cube, strict=True))
         return ((frame[:, None, None] * rows + row[:, None]) * columns + column).ravel().astype(np.int32)
 
     def _means(self, tokens: Float[Array, "B N n d"], grid: Grid, *, in_cubes: bool = False) -> Float[Array, "B C n d"]:
-        """Of each cube, summed in float32 or wider; `in_cubes` if tokens lie cube by cube."""
+        """The mean of each cube, summed in float32 or wider; `in_cubes` if tokens are ordered by cubes."""
         cubes, of = self.cubes(grid), self._cube_of(grid)
         batch, _, heads, width = tokens.shape
         dtype = jnp.promote_types(tokens.dtype, jnp.float32)
         if in_cubes:
             return tokens.reshape(batch, -1, math.prod(self.cube), heads, width).mean(2, dtype).astype(tokens.dtype)
-        cube = tuple(map(min, self.cube, grid))  # one that is larger than the grid holds no more
+        cube = tuple(map(min, self.cube, grid))  # a cube holds at most the grid
         padding = [(0, count * side - size) for count, side, size in zip(cubes, cube, grid, strict=True)]
         x = jnp.pad(tokens.reshape(batch, *grid, -1).astype(dtype), ((0, 0), *padding, (0, 0)))
         (f, h, w), (cf, ch, cw) = cubes, cube
@@ -158,11 +160,11 @@ class VSAttention(ListedAttention):
         return (sums / count[None, :, None, None]).astype(tokens.dtype)
 
     def key_tile(self, cache: MonarchKVCache) -> Grid | None:
-        """Its cubes."""
+        """The cube, if the cache is in its order."""
         return self.cube if lies_in(cache, self.cube) else None
 
     def init_cache(self, shape: CacheShape) -> MonarchKVCache:
-        """Keys and values cube by cube if cubes divide a frame; else in token order, in groups of a cube's frames."""
+        """A cache ordered by cubes if these divide a frame; else in token order, in groups of a cube's frames."""
         if shape.frames % self.cube[0]:
             raise ValueError(
                 f"vsa: a cache of {shape.frames} frames does not hold whole cubes {self.cube}; use a multiple of "
@@ -173,11 +175,11 @@ class VSAttention(ListedAttention):
         return MonarchKVCache.init(**shape.fields(), tile=tile)
 
     def reads(self, cache: Any) -> bool:
-        """Caches whose groups of frames are whole numbers of a cube's."""
+        """Whether the cache's frame groups are whole numbers of a cube's frames."""
         return isinstance(cache, MonarchKVCache) and cache.spec.tile_shape[0] % self.cube[0] == 0
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
-        """Of the fine branch, as if all cubes were as large; exact where they are."""
+        """The density of the fine branch, assuming cubes of equal size."""
         self.check(grid, causal_block=causal_block)
         per_layer = math.prod(self.cubes((1, *grid[1:])))
         seen = seen_frames(grid[0], causal_block)
@@ -188,7 +190,7 @@ class VSAttention(ListedAttention):
 
 
 def _inputs(setting: Attention, context: Context) -> Array:
-    """What the layer's queries are projections of."""
+    """The input of the layer's projections; raises ValueError if the context has none."""
     if context.inputs is None:
         raise ValueError(f"{setting}: the gate needs the block's input, context.inputs; or set gate=False.")
     return context.inputs()
