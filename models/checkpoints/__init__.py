@@ -1,1 +1,1 @@
-"""What reading checkpoints has in common: tensor files, torch's pickles, and filling a model tensor by tensor."""
+"""Common code for reading checkpoints: tensor files, torch's pickles, and filling a model tensor by tensor."""

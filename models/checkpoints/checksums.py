@@ -1,4 +1,4 @@
-"""Checksums of arrays, computed where they live."""
+"""Checksums of arrays, computed on their devices."""
 
 import math
 
@@ -9,10 +9,10 @@ from jaxtyping import Array, UInt32
 
 @jax.jit
 def checksums(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
-    """A 32-bit checksum of each array's bits, computed where the array lives.
+    """A 32-bit checksum of each array's bits, computed on its devices.
 
-    Sums the words, each multiplied with an odd number that depends on its place, modulo 2**32: the order of summation
-    does not matter, so the checksum is the same on every device and under every sharding.
+    The checksum is the sum of all words modulo 2**32, each multiplied by an odd number that depends on its index. The
+    order of summation does not matter, so it is the same on every device and under every sharding.
     """
     return {name: _checksum(array) for name, array in arrays.items()}
 
@@ -22,7 +22,7 @@ def _checksum(array: Array) -> Array:
         array = array.astype(jnp.uint8)
     width = array.dtype.itemsize * 8
     words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{min(width, 32)}")).astype(jnp.uint32)
-    # counted axis by axis: a flat view of an array that is split would be gathered on every device first
+    # indices are computed axis by axis: flattening a split array would gather it on every device
     place = jnp.zeros(words.shape, jnp.uint32)
     for axis in range(words.ndim):
         stride = math.prod(words.shape[axis + 1 :]) % 2**32

@@ -1,4 +1,4 @@
-"""Files of Hugging Face repositories, from the local cache where they are there."""
+"""Files of Hugging Face repositories, from the local cache if possible."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def names_repository(path: str | Path) -> bool:
-    """Whether this is no path here, but may be a repository `owner/name`.
+    """Whether a path does not exist but has the form of a repository, `owner/name`.
 
     Examples:
         >>> names_repository("Wan-AI/Wan2.1-T2V-1.3B"), names_repository("/no/such/folder")
@@ -18,18 +18,18 @@ def names_repository(path: str | Path) -> bool:
 
 
 def fetch(name: str, patterns: Iterable[str], *, revision: str | None = None) -> Path:
-    """The local copy of a repository, with at least the files that are named; what is cached is not fetched again.
+    """Downloads files of a repository to the local cache, unless they are there already.
 
     Args:
-        name: `owner/name`.
-        patterns: Of files, such as `vae/*`.
-        revision: Branch, tag or commit; None is the main branch.
+        name: The repository, `owner/name`.
+        patterns: Patterns of the files, such as `vae/*`.
+        revision: Branch, tag or commit; None: the main branch.
 
     Returns:
-        The folder. Without a network, it holds what is in the cache.
+        The folder of the local copy. Without a network, it has the files that are in the cache.
 
     Raises:
-        ValueError: If it cannot be had.
+        ValueError: If `huggingface_hub` is not installed, or the download fails.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -48,7 +48,7 @@ def fetch(name: str, patterns: Iterable[str], *, revision: str | None = None) ->
 
 
 def _may_be_a_run(name: str) -> bool:
-    """Whether a folder of this name would more likely be a run's here than a repository, by what it would be in.
+    """Whether a name is more likely the folder of a run than a repository: its parent exists, or is `runs`.
 
     Examples:
         >>> _may_be_a_run("runs/few"), _may_be_a_run("./few"), _may_be_a_run("no-such-owner/Wan2.1-T2V-1.3B")

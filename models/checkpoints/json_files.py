@@ -1,6 +1,7 @@
-"""JSON that others wrote: one object, bounded in size and depth, and nothing in it that JSON does not have.
+"""Strict reading of untrusted JSON: one object, limited in size and depth.
 
-Python's own reader takes NaN and Infinity, and of two equal keys the last, so that two programs may read two things.
+Python's own parser accepts NaN and Infinity, and keeps the last of equal keys, so that programs may read a file
+differently.
 """
 
 import json
@@ -8,12 +9,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 16 * 2**20  # of a config.json, an index or a header; those of the largest public models have a tenth
+MAX_BYTES = 16 * 2**20  # limit on a config.json, an index or a header; the largest public models need a tenth
 MAX_CONTAINERS = 1_000_000  # objects and lists, which take far more memory than text
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, in UTF-8 (with a byte-order mark or without), UTF-16 or UTF-32.
+    """Reads a JSON object from a file in UTF-8 (with or without a byte order mark), UTF-16 or UTF-32.
 
     Args:
         path: The file.
@@ -22,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
         The object.
 
     Raises:
-        ValueError: If it cannot be read as one; nothing is read of a file that is too large.
+        ValueError: If the file cannot be read, is too large (it is not read then), or as in `parse_json`.
     """
     try:
         size = path.stat().st_size
@@ -35,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes | str, where: str) -> dict[str, Any]:
-    """The object in a text.
+    """Parses a JSON object.
 
     Examples:
         >>> parse_json('{"shift": 3.0}', "scheduler_config.json")
@@ -47,14 +48,14 @@ def parse_json(data: bytes | str, where: str) -> dict[str, Any]:
 
     Args:
         data: The text, or its bytes.
-        where: What it is, for messages.
+        where: Name of the source, for messages.
 
     Returns:
         The object.
 
     Raises:
-        ValueError: If it is not JSON object: also with NaN, Infinity, numbers beyond float64, keys that repeat, halves
-            of surrogate pairs, deep nesting, or a million of objects and lists.
+        ValueError: If it is not a JSON object, or has NaN, Infinity, numbers beyond float64, repeated keys, lone
+            surrogates, deep nesting, or more than a million objects and lists.
     """
     try:
         text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))

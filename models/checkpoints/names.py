@@ -1,4 +1,4 @@
-"""Names of tensors without what wrappers, trainers and other programs put before them."""
+"""Names of tensors without the prefixes of wrappers, trainers and other programs."""
 
 import re
 from collections.abc import Iterable
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from monarchrt.models.errors import printable
 
-# torch.compile, FSDP and activation checkpointing put these before any part of a name
+# torch.compile, FSDP and activation checkpointing insert these before any part of a name
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# DDP, trainers and ComfyUI put these before whole names, one or several
+# DDP, trainers and ComfyUI put one or several of these before whole names
 LEADING = re.compile(
     r"(?:(?:model|module|diffusion_model|generator_ema|generator|ema_model|ema|state_dict|transformer|dit|net|"
     r"text_encoders|text_encoder|umt5xxl|umt5|t5|first_stage_model|vae)\.)+"
 )
-# of ComfyUI's files that hold a whole pipeline
+# prefixes of the parts in ComfyUI's files of a whole pipeline
 PARTS = (
     "model.diffusion_model.",
     "text_encoders.",
@@ -27,23 +27,23 @@ PREFERENCE = ("generator_ema", "ema", "ema_model", "generator", "model")
 
 
 def strip_prefixes(names: Iterable[str], *, anchors: tuple[str, ...], where: Path) -> dict[str, str]:
-    """Bare name to name in the file.
+    """Removes prefixes from the names of a file's tensors.
 
     Examples:
         >>> strip_prefixes(["module.model._orig_mod.a.w"], anchors=("a.w",), where=Path("x.pt"))
         {'a.w': 'module.model._orig_mod.a.w'}
 
     Args:
-        names: As the file has them.
-        anchors: Bare names of which a model has one: what stands before it is the prefix, whatever it is.
+        names: Names in the file.
+        anchors: Bare names, one of which every model has: any text before it is the prefix.
         where: The file, for messages.
 
     Returns:
-        The names of one model: of two under prefixes, the average (`ema`, `generator_ema`) before the generator; what a
-        file that is a whole pipeline has under the prefixes of its other parts is left out.
+        The name in the file by bare name, for one model: if there are two, the average (`ema`, `generator_ema`) rather
+        than the generator. Tensors of other parts of a pipeline are left out.
 
     Raises:
-        ValueError: If there are several models and no telling which, or two tensors have one bare name.
+        ValueError: If there are several models without such a preference, or two tensors have the same bare name.
     """
     unwrapped = {name: WRAPPERS.sub("", name) for name in names}
     prefixes = {
@@ -73,7 +73,7 @@ def strip_prefixes(names: Iterable[str], *, anchors: tuple[str, ...], where: Pat
 
 
 def _choose(prefixes: set[str], where: Path) -> str | None:
-    """The model's prefix; None if no anchor was found."""
+    """The prefix of the preferred model; None if no anchor was found."""
     if len(prefixes) < 2:
         return next(iter(prefixes), None)
     for wanted in PREFERENCE:

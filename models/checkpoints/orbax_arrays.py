@@ -1,7 +1,7 @@
-"""Arrays in a folder that Orbax wrote, through tensorstore's futures and not through Orbax's coroutines.
+"""Reading of arrays from a folder written by Orbax, with tensorstore's futures instead of Orbax's coroutines.
 
-Where one of many arrays is damaged, Orbax gives up the coroutines that read the others. Those reads go on, end without
-an event loop to tell, and can take the process with them (seen with Orbax 0.12.8 and tensorstore 0.1.86).
+If one of many arrays is damaged, Orbax abandons the coroutines that read the others. These reads continue, finish
+without an event loop, and can crash the process (seen with Orbax 0.12.8 and tensorstore 0.1.86).
 """
 
 from collections import deque
@@ -15,15 +15,15 @@ import tensorstore as ts
 
 from monarchrt.models.checkpoints.json_files import read_json
 
-BYTES_AT_A_TIME = 2**32  # that are on their way from the disk
+BYTES_AT_A_TIME = 2**32  # limit on bytes of concurrent reads
 
 
 def open_arrays(folder: Path, names: Iterable[str]) -> dict[str, ts.TensorStore]:
     """Opens arrays without reading them.
 
     Args:
-        folder: What Orbax wrote: `_METADATA` and the arrays.
-        names: Keys of the saved tree from its root, joined with dots.
+        folder: Folder written by Orbax, with `_METADATA` and the arrays.
+        names: Keys of the saved tree from its root, joined by dots.
 
     Returns:
         The opened arrays by name.
@@ -49,7 +49,7 @@ def open_arrays(folder: Path, names: Iterable[str]) -> dict[str, ts.TensorStore]
 
 
 def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Reads arrays onto their devices, of each what this process has of it.
+    """Reads arrays onto their devices; each process reads only its own parts.
 
     Args:
         folder: As in `open_arrays`.
@@ -59,7 +59,7 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dic
         The arrays by name.
 
     Raises:
-        ValueError: If an array cannot be read, or is of another shape or dtype.
+        ValueError: If an array cannot be read, or has another shape or dtype.
     """
     stores, arrays = open_arrays(folder, wanted), {}
     reading: deque[tuple[str, dict[str, ts.Future]]] = deque()
@@ -80,7 +80,7 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dic
                 f"{target.dtype.name}"
             )
         parts = _sharding(target).addressable_devices_indices_map(target.shape).values()
-        places = {str(at): at for at in parts}  # devices may have the same part
+        places = {str(at): at for at in parts}  # several devices may have the same part
         reading.append((name, {place: store[at].read() for place, at in places.items()}))
         under_way += target.size * target.dtype.itemsize
         while under_way > BYTES_AT_A_TIME:
@@ -95,7 +95,7 @@ def _sharding(target: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
 
 
 def result(future: ts.Future, folder: Path, name: str) -> Any:
-    """What a future of tensorstore becomes; `folder` and `name` say in an error what could not be read.
+    """Waits for the result of a tensorstore future; `folder` and `name` are for the error.
 
     Raises:
         ValueError: If it fails.

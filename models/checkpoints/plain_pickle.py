@@ -1,8 +1,8 @@
-"""Pickles of tensors and plain containers, read by a machine that can build nothing else.
+"""An unpickler for tensors and plain containers that cannot build anything else.
 
-Python's unpickler calls what a file names and allocates what it announces: a list of a billion notes (`LONG_BINPUT`),
-a buffer of a terabyte (`BYTEARRAY8`). This one knows the operations that `torch.save` writes; whatever it holds was in
-the file, byte for byte, and a key of a dictionary is a string or a number.
+Python's unpickler calls any function that a file names and allocates any size that it states: a memo of a billion
+entries (`LONG_BINPUT`), a buffer of a terabyte (`BYTEARRAY8`). This one supports the operations that `torch.save`
+writes; its memory is bounded by the size of the file, and keys of dictionaries are strings or numbers.
 """
 
 import io
@@ -14,7 +14,7 @@ from monarchrt.models.errors import printable
 
 
 class UnsafePickleError(ValueError):
-    """The file asks for something other than tensors, which could be any program."""
+    """A pickle that refers to something other than tensors, which could run arbitrary code."""
 
 
 _MARK = object()
@@ -29,7 +29,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read_pickle(data: bytes | io.BytesIO, *, build: dict[tuple[str, str], Any], storage: Callable[..., Any]) -> Any:
-    """What a pickle holds.
+    """Reads a pickle.
 
     Examples:
         >>> import pickle
@@ -41,16 +41,16 @@ def read_pickle(data: bytes | io.BytesIO, *, build: dict[tuple[str, str], Any], 
         monarchrt.models.checkpoints.plain_pickle.UnsafePickleError: it asks for builtins.print
 
     Args:
-        data: The pickle, or a file at its beginning, which is at its end afterwards.
-        build: What may be named, by module and name: functions, which are called with the arguments in the file, and
-            other values, which may only be arguments.
-        storage: Called with what a persistent id has.
+        data: The pickle, or a file positioned at its beginning, which is advanced to its end.
+        build: Allowed globals by module and name: functions, which are called with the arguments in the file, and other
+            values, which may only be arguments.
+        storage: Called with each persistent id.
 
     Returns:
         The object.
 
     Raises:
-        UnsafePickleError: If it names something else, or makes objects in another way.
+        UnsafePickleError: If it refers to another global, or creates objects in another way.
         ValueError: If it is damaged.
     """
     machine = _Machine(build, storage)
@@ -173,7 +173,7 @@ class _Machine:
             raise UnsafePickleError("it calls what is no function")
         self._stack.append(function(*arguments))
 
-    def op_build(self, _: Any) -> None:  # torch keeps versions of modules as attributes of the dictionary
+    def op_build(self, _: Any) -> None:  # torch stores versions of modules as attributes of the dictionary
         self.pop()
 
     def op_binpersid(self, _: Any) -> None:

@@ -1,4 +1,4 @@
-"""From a folder or file with weights to an open tensor file, and from tensors to the parameters of a model."""
+"""Finding and opening files with weights, and filling the parameters of a model with their tensors."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ type ParameterPath = tuple[str, ...]
 type Shardings = Callable[[ParameterPath, tuple[int, ...]], jax.sharding.Sharding | None]
 type Progress = Callable[[str, int, int], None]
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-# of what may be there instead of weights that can be read, to be named
+# unsupported or unfinished files, which errors mention if there are no weights
 OTHER_SUFFIXES = (
     ".gguf",
     ".onnx",
@@ -51,7 +51,7 @@ OTHER_SUFFIXES = (
 
 @runtime_checkable
 class Slot(Protocol):
-    """Where a tensor goes: a parameter's path, and its index on the leading axis if layers are stacked."""
+    """The destination of a tensor: path of a parameter, and index on its leading axis if layers are stacked."""
 
     @property
     def path(self) -> ParameterPath:
@@ -60,24 +60,24 @@ class Slot(Protocol):
 
     @property
     def layer(self) -> int | None:
-        """Index on the parameter's leading axis, or None if the tensor is all of it."""
+        """Index on the parameter's leading axis, or None if the tensor is the whole parameter."""
         ...
 
     @property
     def layout(self) -> Layout:
-        """How ours is made from theirs; see `to_ours`."""
+        """Change of layout; see `to_ours`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a model that is known under several names.
+    """One tensor of a model, with its names in several formats.
 
     Attributes:
-        path: Our parameter.
+        path: Path of our parameter.
         layer: Index on the parameter's leading layer axis, or None.
-        names: Its name by the format's, such as "official" and "diffusers".
-        layout: How ours is made from theirs; see `to_ours`.
+        names: Its name by naming, such as "official" and "diffusers".
+        layout: Change of layout; see `to_ours`.
     """
 
     path: ParameterPath
@@ -87,16 +87,16 @@ class Entry:
 
 
 def to_ours(array: AnyArray, layout: Layout) -> AnyArray:
-    """A checkpoint's array in our layout; a view of a NumPy array.
+    """Converts a checkpoint's array to our layout; for NumPy arrays the result is a view.
 
     Examples:
         >>> to_ours(np.zeros((5, 4, 3, 2, 1)), "conv").shape, to_ours(np.zeros((5, 1, 1)), "flat").shape
         ((3, 2, 1, 4, 5), (5,))
 
     Args:
-        array: As torch has it.
+        array: An array in torch's layout.
         layout: "linear" [out, in] -> [in, out]; "conv" [out, in, t, h, w] -> [t, h, w, in, out]; "conv2d"
-            [out, in, h, w] -> [1, h, w, in, out]; "flat" drops axes of size 1; "vector" is left as it is.
+            [out, in, h, w] -> [1, h, w, in, out]; "flat" drops axes of size 1; "vector" is unchanged.
 
     Returns:
         The array.
@@ -115,18 +115,18 @@ def to_ours(array: AnyArray, layout: Layout) -> AnyArray:
 
 
 def stored_dtype(file: TensorFile) -> str:
-    """The dtype to keep: the file's, float32 if it is mixed; float64 only where JAX has it on."""
+    """The dtype of a file's tensors, or float32 if it is mixed; float64 only if JAX enables it."""
     dtypes = {info.dtype.name for info in file.infos.values()}
     return jax.dtypes.canonicalize_dtype(dtypes.pop() if len(dtypes) == 1 else "float32").name
 
 
 def is_float(info: TensorInfo) -> bool:
-    """Whether a tensor is of floats; integers are quantized weights, of no use without their scales."""
+    """Whether a tensor has a float dtype; integers are quantized weights, which are useless without their scales."""
     return jnp.issubdtype(info.dtype, jnp.floating)
 
 
 def some(items: list[str], count: int = 3) -> str:
-    """The first few, and how many more.
+    """The first few items and the number of the others, for messages.
 
     Examples:
         >>> some(["a", "b", "c", "d"])
@@ -137,17 +137,17 @@ def some(items: list[str], count: int = 3) -> str:
 
 
 def weights_file(folder: Path, *, preferred: tuple[str, ...]) -> Path:
-    """The file with the weights in a folder: an index of safetensors shards, a safetensors file or a torch pickle.
+    """Finds the weights in a folder: an index of safetensors shards, a safetensors file or a torch pickle.
 
     Args:
         folder: The folder.
-        preferred: Stems of the file to take where there are several.
+        preferred: Preferred stems if there are several files.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: If there is none, or no telling which.
+        ValueError: If there is none, or several without a preferred one.
     """
     there = [file for file in listed(folder) if file.is_file()]
     indices = [file for file in there if file.name.endswith(INDEX_SUFFIX)]
@@ -179,20 +179,20 @@ def weights_file(folder: Path, *, preferred: tuple[str, ...]) -> Path:
 def find_weights(
     path: str | Path, *, official: str, pattern: str, folder: str, preferred: tuple[str, ...] = ()
 ) -> Path:
-    """The file with the weights of a part of a pipeline.
+    """Finds the file with the weights of a part of a pipeline.
 
     Args:
-        path: The file, or a folder that holds it or `folder`.
-        official: Its name as released, for the message.
+        path: The file, or a folder with the file or with `folder`.
+        official: Name of the released file, for the message.
         pattern: Pattern of its name without the suffix, such as `*VAE*`.
         folder: Name of the part's folder in diffusers' format.
-        preferred: As `weights_file`, which chooses where `pattern` does not.
+        preferred: As in `weights_file`, which is used if no file matches `pattern`.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: If there is none, or no telling which.
+        ValueError: If there is none, or several without a preferred one.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -207,12 +207,12 @@ def find_weights(
 
 
 class BareFile:
-    """A file's tensors under their names without prefixes; those of other parts of a pipeline are left out.
+    """A file's tensors by their names without prefixes, and without those of other parts of a pipeline.
 
     Attributes:
         path: The file.
         infos: Shape and dtype by bare name.
-        metadata: The file's.
+        metadata: Metadata of the file.
     """
 
     def __init__(self, file: TensorFile, *, anchors: tuple[str, ...]):
@@ -221,7 +221,7 @@ class BareFile:
         self.infos = {bare: file.infos[name] for bare, name in self._names.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, freshly read."""
+        """Reads a tensor."""
         return self._file.read(self._names[name])
 
 
@@ -237,24 +237,24 @@ def load_part[M: nnx.Module](
     progress: Progress | None,
     ignore: Iterable[str] = (),
 ) -> M:
-    """The model that `build` makes, with the parameters in a file, which has been looked at.
+    """Builds a model with the parameters in a file.
 
     Args:
         file: The tensors.
         entries: The model's tensors.
-        build: Makes the model; it is only traced.
-        naming: Whose names the file has.
-        what: What the model is called, for messages.
+        build: Creates the model; it is only traced.
+        naming: The naming of the file.
+        what: Name of the model, for messages.
         dtype: Dtype of the parameters.
-        sharding: As `fill_model`.
-        progress: As `read_entries`.
-        ignore: Names that may be there beside the model's.
+        sharding: As in `fill_model`.
+        progress: As in `read_entries`.
+        ignore: Names of other tensors that the file may have.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If the file lacks a tensor or has others, or one is of another shape, damaged or not finite.
+        ValueError: If the file lacks a tensor or has others, or a tensor has another shape, is damaged or not finite.
     """
     model, entries = nnx.eval_shape(build), list(entries)
     match_names(file, entries, parameter_shapes(model), where=file.path, naming=naming, model=what, ignore=ignore)
@@ -263,7 +263,11 @@ def load_part[M: nnx.Module](
 
 
 def settings_beside(file: Path) -> tuple[Path, dict[str, Any]]:
-    """The `config.json` beside a file, and what it holds; nothing if it is not there, ValueError if it is damaged."""
+    """The path of the `config.json` beside a file, and its content; {} if it does not exist.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
     beside = file.parent / "config.json"
     if not beside.is_file():
         return beside, {}
@@ -271,12 +275,12 @@ def settings_beside(file: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def open_tensors(path: Path, *, weights: str | None = None, preference: tuple[str, ...] = ()) -> TensorFile:
-    """Opens a weights file by what is in it: an index of shards, a torch pickle, or else safetensors.
+    """Opens a file with weights, by its content: an index of shards, a torch pickle, or else safetensors.
 
     Args:
         path: The file.
-        weights: Set of tensors of a torch pickle; None takes the first of `preference`.
-        preference: Order of choice.
+        weights: Set of tensors in a torch pickle; None: the first of `preference`.
+        preference: Names of sets in order of preference.
 
     Returns:
         The open file; no tensor is read.
@@ -313,7 +317,7 @@ def _one_set(path: Path, weights: str | None) -> None:
 
 
 class Problems(NamedTuple):
-    """Why a file is not a model's: names it lacks, names that the model has not, and sentences about wrong tensors."""
+    """Differences between a file and a model: missing names, unexpected names, and sentences about wrong tensors."""
 
     missing: list[str]
     unexpected: list[str]
@@ -328,7 +332,7 @@ def find_problems(
     naming: str,
     ignore: Iterable[str] = (),
 ) -> Problems:
-    """Compares what a file holds with the tensors of a model; takes arguments as `match_names`."""
+    """Compares the tensors of a file with those of a model; arguments are as in `match_names`."""
     expected = {entry.names[naming]: entry for entry in entries}
     wrong = []
     for name, entry in expected.items():
@@ -358,16 +362,16 @@ def match_names(
     model: str,
     ignore: Iterable[str] = (),
 ) -> None:
-    """Raises ValueError unless the file holds every tensor of the model in its shape, and no other.
+    """Raises ValueError unless the file has exactly the tensors of the model, with their shapes.
 
     Args:
         file: The tensors.
         entries: The model's tensors.
-        shapes: Our parameters' shapes by path, layers stacked.
+        shapes: Shapes of our parameters by path, stacked over layers.
         where: The file, for messages.
-        naming: Whose names the file has.
-        model: What the model is called, for messages.
-        ignore: Names that may be there beside the model's.
+        naming: The naming of the file.
+        model: Name of the model, for messages.
+        ignore: Names of other tensors that the file may have.
     """
     entries = list(entries)
     missing, unexpected, wrong = find_problems(file, entries, shapes, naming=naming, ignore=ignore)
@@ -380,14 +384,14 @@ def match_names(
 
 
 def stored_shape(shapes: dict[ParameterPath, tuple[int, ...]], slot: Slot) -> tuple[int, ...]:
-    """Shape that a checkpoint has for a tensor; the inverse of `to_ours`.
+    """The shape of a tensor in a checkpoint; the inverse of `to_ours` for shapes.
 
     Args:
-        shapes: Our parameters' shapes by path, layers stacked.
+        shapes: Shapes of our parameters by path, stacked over layers.
         slot: The tensor.
 
     Returns:
-        The shape; of the layout "flat", without its axes of size 1.
+        The shape; for the layout "flat", without axes of size 1.
     """
     shape = shapes[slot.path] if slot.layer is None else shapes[slot.path][1:]
     match slot.layout:
@@ -409,10 +413,19 @@ def parameter_shapes(model: nnx.Module) -> dict[ParameterPath, tuple[int, ...]]:
 def read_entries(
     file: TensorFile, entries: Iterable[Entry], naming: str, *, progress: Progress | None = None
 ) -> Iterator[tuple[Entry, AnyArray]]:
-    """Each tensor in our layout, read when its turn comes; `progress` hears name, bytes done and bytes in total.
+    """Reads tensors one at a time.
+
+    Args:
+        file: The tensors.
+        entries: The tensors to read.
+        naming: The naming of the file.
+        progress: Called after each tensor with its name, bytes read so far, and bytes in total.
+
+    Yields:
+        Each entry with its array in our layout.
 
     Raises:
-        ValueError: If a tensor cannot be read, or has a number that is NaN or infinite.
+        ValueError: If a tensor cannot be read, or has NaN or infinite values.
     """
     entries = list(entries)
     total, done = sum(file.infos[entry.names[naming]].nbytes for entry in entries), 0
@@ -431,17 +444,17 @@ def fill_model[M: nnx.Module](
     dtype: Any,
     sharding: jax.sharding.Sharding | Shardings | None = None,
 ) -> M:
-    """The model with its parameters filled, cast and placed one tensor at a time.
+    """Fills, casts and places the parameters of a model one tensor at a time.
 
-    Stacked parameters are allocated once on their device and filled, so that the host holds no more than the model
-    plus a tensor.
+    Stacked parameters are allocated once on their devices and filled in place, so that the host needs memory for the
+    model and one tensor at most.
 
     Args:
-        model: Of `jax.ShapeDtypeStruct` (`nnx.eval_shape`).
-        arrays: Every tensor in our layout and where it goes; consumed lazily.
+        model: A model of `jax.ShapeDtypeStruct`, from `nnx.eval_shape`.
+        arrays: Every tensor in our layout with its destination; consumed lazily.
         dtype: Dtype of the parameters.
-        sharding: Where parameters go: one sharding for all, or a function of path and shape (layers stacked on axis 0,
-            which must not be split).
+        sharding: Sharding of the parameters: one for all, or a function of path and shape (layers are stacked on axis
+            0, which must not be split).
 
     Returns:
         The filled model.
@@ -464,7 +477,7 @@ def fill_model[M: nnx.Module](
             filled[slot.path] = _allocate(shape, dtype, where)
         one = jax.device_put(array, _layer_sharding(slot.path, where, len(shape)))
         filled[slot.path] = _fill(where)(filled[slot.path], one, slot.layer)
-        filled[slot.path].block_until_ready()  # or reading runs ahead and its buffers pile up
+        filled[slot.path].block_until_ready()  # otherwise reading runs ahead and its buffers accumulate
     complete = [(path, leaf.replace(filled[tuple(map(str, path))])) for path, leaf in leaves.items()]
     return nnx.merge(graph, nnx.from_flat_state(complete))
 
@@ -476,7 +489,7 @@ def _allocate(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Shardin
 def _layer_sharding(
     path: ParameterPath, sharding: jax.sharding.Sharding | None, rank: int
 ) -> jax.sharding.Sharding | None:
-    """Sharding of one layer of a stack of `rank` axes."""
+    """Sharding of one layer of a stacked array with `rank` axes."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     spec = tuple(sharding.spec) + (None,) * (rank - len(sharding.spec))

@@ -1,4 +1,4 @@
-"""What a file is that is not what was asked for: by its first bytes, and by the names of its tensors."""
+"""Recognition of files that are not the expected checkpoint, by first bytes and by names of tensors, for errors."""
 
 import re
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ SUPPORTED = (
     "supported are Wan 2.1 text-to-video and image-to-video, and what is trained from them, as safetensors "
     "(official, diffusers' or ComfyUI's; fp8 too), torch .pt or Orbax"
 )
-# what a file begins with
+# first bytes of a file
 STARTS: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", "a GGUF file (quantized for llama.cpp and ComfyUI-GGUF)"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
@@ -30,7 +30,7 @@ STARTS: tuple[tuple[bytes, str], ...] = (
     (b"\x08\x03\x12", "an ONNX model"),
     *((bytes([8, version, 18]), "an ONNX model") for version in range(4, 20)),
 )
-# names of tensors, in the order in which they are tried, and what has them
+# patterns of tensor names, tried in order, and the kind of file that they indicate
 QUANTIZED: tuple[tuple[str, str], ...] = (
     (r"\.(absmax|quant_map|nested_absmax|SCB)$|\.quant_state\.", "a model quantized with bitsandbytes"),
     (r"\.(wscales|wtscale|smooth_factor(_orig)?)$", "a model quantized for nunchaku (SVDQuant, int4 or fp4)"),
@@ -81,13 +81,13 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 
 
 def foreign_start(path: Path) -> str | None:
-    """What a file is by its first bytes, if it holds no tensors that can be read.
+    """Describes a file by its first bytes, if it is known not to be readable weights.
 
     Args:
         path: The file.
 
     Returns:
-        What it is, in words, or None.
+        A description, or None.
     """
     with path.open("rb") as file:
         start = file.read(512)
@@ -103,13 +103,13 @@ def foreign_start(path: Path) -> str | None:
 
 
 def shard_of(path: Path) -> str | None:
-    """The index that belongs to a file that is one of several; None if it is not."""
+    """The name of the index of a file that is one of several shards; None for other files."""
     shard = _SHARD.search(path.name)
     return None if shard is None or shard[2] == "00001" else f"{path.name[: shard.start()]}.safetensors.index.json"
 
 
 def refuse(names: Iterable[str], where: Path, wanted: str) -> ValueError:
-    """The error for a file that is not `wanted`, such as "a Wan VAE", which says what it is if that is known."""
+    """The error for a file that is not `wanted`, such as "a Wan VAE"; it names the kind of the file if recognised."""
     names = list(names)
     kind = what_has(names, QUANTIZED, LORA, OTHERS)
     what, examples = ("", names) if kind is None else (f" but {kind[0]}", kind[1])
@@ -118,7 +118,7 @@ def refuse(names: Iterable[str], where: Path, wanted: str) -> ValueError:
 
 
 def what_has(names: Iterable[str], *tables: tuple[tuple[str, str], ...]) -> tuple[str, list[str]] | None:
-    """The first row of the tables that some of the names match, and those names.
+    """The description in the first row of the tables that any of the names match, and those names; else None.
 
     Examples:
         >>> what_has(["vace_blocks.0.before_proj.weight"], RELATIVES)

@@ -1,7 +1,7 @@
-"""Weights in floats of 8 bits, and the scales that go with them.
+"""Weights in 8-bit floats, with their scales.
 
-ComfyUI, its forks and trainers store a matrix in float8 and beside it what its numbers are to be multiplied by: one
-number, one per row, or one per row and block of columns. Files without scales hold plain casts.
+ComfyUI, its forks and trainers store a matrix in float8 and scales to multiply it by: one number, one per row, or one
+per row and block of columns. Files without scales have plain casts.
 """
 
 from pathlib import Path
@@ -14,24 +14,24 @@ from monarchrt.models.errors import printable
 
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 SCALES = ("scale_weight", "weight_scale")  # beside `weight`
-UNUSED = ("scale_input", "input_scale", "comfy_quant")  # of products in float8, which we do not compute
-MARKS = ("scaled_fp8", "spiece_model")  # the first says that there are scales; the second is ComfyUI's tokenizer
+UNUSED = ("scale_input", "input_scale", "comfy_quant")  # for products in float8, which are not computed here
+MARKS = ("scaled_fp8", "spiece_model")  # the first marks files with scales; the second is ComfyUI's tokenizer
 
 
 class Float8File:
-    """A file with weights in float8, as one of wider floats: bfloat16 without a scale, float32 with one, exactly.
+    """A file with float8 weights that reads as wider floats: bfloat16 without a scale, float32 with one, exactly.
 
     Attributes:
         path: The file.
-        infos: Shape and dtype by name, of what is read; scales are not among them.
-        metadata: The file's.
-        sets: Sets of weights that a `.pt` file has.
-        weights: The set that this is; "" where there is one only.
-        scaled: How many weights have scales, and `plain` how many have none.
-        plain: Weights in float8 without a scale.
+        infos: Shape and dtype of the tensors as read, by name; without scales.
+        metadata: Metadata of the file.
+        sets: Sets of weights in a `.pt` file.
+        weights: The set that is read; "" if there is only one.
+        scaled: Number of weights with scales.
+        plain: Number of float8 weights without scales.
 
     Raises:
-        ValueError: If a scale belongs to no weight in float8, or is of a shape that is none of these.
+        ValueError: If a scale belongs to no float8 weight, or has an unsupported shape.
     """
 
     def __init__(self, file: TensorFile):
@@ -66,7 +66,7 @@ class Float8File:
         self._scales[weight] = name
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, freshly read, times its scale."""
+        """Reads a tensor and multiplies it by its scale."""
         array = self._file.read(name)
         if name not in self._scales:
             return array.astype(self.infos[name].dtype, copy=False)
@@ -78,7 +78,7 @@ class Float8File:
 
 
 def _scaled_shape(weight: tuple[int, ...], scale: tuple[int, ...], shown: str) -> tuple[int, ...]:
-    """Shape of a weight for its scale: split into blocks of columns if there is a number for each."""
+    """Shape to which a weight is reshaped for its scale: split into blocks of columns if each has a scale."""
     rows = weight[0] if weight else 0
     if scale in ((), (1,), (1, 1), (rows,), (rows, 1)):
         return weight
@@ -98,7 +98,7 @@ def _rank(scale: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def widened(file: TensorFile) -> TensorFile:
-    """The file, as `Float8File` if it has any tensor of 8-bit floats, or scales."""
+    """Wraps a file in `Float8File` if it has tensors in 8-bit floats, or scales."""
     leaves = {name.rpartition(".")[2] for name in file.infos}
     if leaves & {*SCALES, *UNUSED, *MARKS} or any(info.dtype in FLOAT8 for info in file.infos.values()):
         return Float8File(file)
@@ -106,7 +106,7 @@ def widened(file: TensorFile) -> TensorFile:
 
 
 def finite(array: np.ndarray) -> bool:
-    """Whether no number is NaN or infinite; a few tenths of a nanosecond each, in the cache.
+    """Whether all numbers are finite; takes a few tenths of a nanosecond per number in the cache.
 
     Examples:
         >>> finite(np.ones(3, np.float16)), finite(np.array([1, np.inf], ml_dtypes.bfloat16))
@@ -121,7 +121,7 @@ def finite(array: np.ndarray) -> bool:
 
 
 def check_finite(array: np.ndarray, name: str, path: Path) -> np.ndarray:
-    """The array; ValueError, which names file and tensor, if it has a number that is NaN or infinite."""
+    """Returns the array; raises ValueError with the names of file and tensor if it has NaN or infinite values."""
     if not finite(array):
         bad = int((~np.isfinite(array.astype(np.float32))).sum())
         raise ValueError(

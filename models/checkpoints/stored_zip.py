@@ -1,7 +1,7 @@
-"""Zip archives of uncompressed entries, as `torch.save` writes them, with every number in them checked before use.
+"""Zip archives of uncompressed entries, as written by `torch.save`, with all offsets and sizes checked before use.
 
-Python's own reader believes what an archive says: an entry of a few MB may unpack to any size, and a directory may name
-the same bytes many times. Here an entry is a range of bytes of the file, and no two ranges overlap.
+Python's own reader trusts the archive: an entry of a few MB may unpack to any size, and the directory may list the same
+bytes many times. Here an entry is a range of bytes in the file, and ranges do not overlap.
 """
 
 import struct
@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 MAX_ENTRIES = 100_000
-MAX_DIRECTORY = 64 * 2**20  # bytes; an entry's record has some 60 to 100
+MAX_DIRECTORY = 64 * 2**20  # bytes; the record of an entry has about 60 to 100
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
@@ -23,7 +23,7 @@ ENCRYPTED, SIZES_FOLLOW, UTF8 = 1, 8, 0x800
 
 
 class StoredEntry(NamedTuple):
-    """Where an entry lies in its archive: `size` bytes from `start` on, whose CRC-32 is `crc`."""
+    """The position of an entry in its archive: `size` bytes from `start` on, with the CRC-32 `crc`."""
 
     name: str
     start: int
@@ -32,7 +32,7 @@ class StoredEntry(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """An entry as the directory has it; `offset` is that of its local header."""
+    """A record of the directory; `offset` is the position of the entry's local header."""
 
     name: bytes
     flags: int
@@ -46,17 +46,17 @@ class _Record(NamedTuple):
 
 
 def read_directory(path: Path) -> dict[str, StoredEntry]:
-    """The entries of an archive by name; none of their content is read.
+    """Reads the directory of an archive, without the content of its entries.
 
     Args:
         path: The file.
 
     Returns:
-        The entries in the directory's order.
+        The entries by name, in the order of the directory.
 
     Raises:
-        ValueError: If it is no zip archive or a cut one, entries are compressed, encrypted or overlap, or the directory
-            and the entries' own headers disagree.
+        ValueError: If it is not a zip archive or is truncated, entries are compressed, encrypted or overlap, or the
+            directory and the entries' own headers disagree.
     """
     try:
         with path.open("rb") as file:
@@ -76,10 +76,10 @@ def read_directory(path: Path) -> dict[str, StoredEntry]:
 
 
 def read_entry(path: Path, entry: StoredEntry) -> np.ndarray:
-    """The bytes of an entry, uint8 [size], whose checksum is verified.
+    """Reads the bytes of an entry, uint8 [size], and verifies the checksum.
 
     Raises:
-        ValueError: If the file ends before, or the checksum is another.
+        ValueError: If the file is too short, or the checksum does not match.
     """
     with path.open("rb") as file:
         file.seek(entry.start)
@@ -92,7 +92,7 @@ def read_entry(path: Path, entry: StoredEntry) -> np.ndarray:
 
 
 def _records(file: BinaryIO) -> tuple[list[_Record], int]:
-    """The directory's records, and where it begins."""
+    """The records of the directory, and its position."""
     count, size, offset, end = _find_directory(file)
     if offset + size != end:
         raise ValueError("its directory is not where it says")
@@ -120,7 +120,7 @@ def _records(file: BinaryIO) -> tuple[list[_Record], int]:
 
 
 def _find_directory(file: BinaryIO) -> tuple[int, int, int, int]:
-    """Entries, bytes and offset of the directory as the archive's end says, and where that end begins."""
+    """Number of entries, size and offset of the directory according to the end record, and the latter's position."""
     total = file.seek(0, 2)
     tail_at = max(0, total - _END.size - 0xFFFF)
     file.seek(tail_at)
@@ -153,7 +153,7 @@ def _find_directory(file: BinaryIO) -> tuple[int, int, int, int]:
 
 
 def _wide(extra: bytes, *fields: int) -> list[int]:
-    """Sizes and offset, with those that do not fit into 32 bits from the extra field of zip64."""
+    """Sizes and offset, where those that do not fit in 32 bits come from the extra field of zip64."""
     at = 0
     values: list[int] = []
     while at + 4 <= len(extra):
@@ -169,7 +169,7 @@ def _wide(extra: bytes, *fields: int) -> list[int]:
 
 
 def _entry(file: BinaryIO, record: _Record, directory: int) -> StoredEntry:
-    """Where an entry's bytes are, by its own header."""
+    """The position of an entry's bytes, according to its own header."""
     name = record.text
     if record.offset + _LOCAL.size > directory:
         raise ValueError(f"its entry {name[:80]!r} is said to lie past its end")

@@ -1,4 +1,4 @@
-"""Safetensors files tensor by tensor, without mapping them into memory: what is held is one tensor."""
+"""Reading and writing of safetensors files one tensor at a time, without mapping them into memory."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ class TensorFile(Protocol):
     metadata: dict[str, str]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, freshly read."""
+        """Reads a tensor."""
         ...
 
 
@@ -67,16 +67,16 @@ class SafetensorsFile:
 
     Args:
         path: The file.
-        only: Names of the tensors to look at; None is all of them.
-        quantized: Whether there may be integers and floats of 8 bits, which are of no use without their scales.
+        only: Names of the tensors to use; None: all.
+        quantized: Whether to accept integers and 8-bit floats, which are useless without their scales.
 
     Attributes:
         infos: Shape and dtype by name.
         metadata: The header's text entries.
 
     Raises:
-        ValueError: If the file is not safetensors, is truncated or longer than its header says, tensors overlap or
-            leave gaps, or one is of another dtype.
+        ValueError: If the file is not safetensors, its size does not match its header, tensors overlap or leave gaps,
+            or a tensor has an unsupported dtype.
     """
 
     def __init__(self, path: Path, *, only: Collection[str] | None = None, quantized: bool = False):
@@ -120,7 +120,7 @@ class SafetensorsFile:
             raise ValueError(f"{self.path} has {size} bytes, its header describes {needed}; download it again.")
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, freshly read."""
+        """Reads a tensor."""
         info = self.infos[name]
         with self.path.open("rb") as file:
             file.seek(self._data + self._offsets[name])
@@ -134,7 +134,7 @@ type _Row = tuple[str, str, tuple[int, ...], int, int]
 
 
 def _parse_header(text: bytes) -> tuple[dict[str, str], list[_Row]]:
-    """Metadata, and of each tensor: name, dtype, shape, first byte and the one after its last."""
+    """Metadata, and for each tensor its name, dtype, shape, first byte, and the byte after its last."""
     header = parse_json(text.decode("utf-8"), "it")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -155,7 +155,7 @@ def _parse_header(text: bytes) -> tuple[dict[str, str], list[_Row]]:
 
 
 def check_shape(shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Raises ValueError for shapes that no array can have: over 8 axes, or sizes beyond 2^60 bytes.
+    """Raises ValueError for shapes that no array can have: more than 8 axes, or more than 2^60 bytes.
 
     Examples:
         >>> check_shape((1536, 16, 1, 2, 2), np.dtype("float32"))
@@ -165,7 +165,7 @@ def check_shape(shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 
 class ShardedSafetensors:
-    """The shards that an index file lists, as one.
+    """The shards listed in an index file, as one file.
 
     Raises:
         ValueError: If the index cannot be read, or a shard or a tensor that it lists is missing.
@@ -197,7 +197,7 @@ class ShardedSafetensors:
                 self._shards[name], self.infos[name] = file, file.infos[name]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, freshly read."""
+        """Reads a tensor."""
         return self._shards[name].read(name)
 
 
@@ -208,19 +208,19 @@ def write_safetensors(
     *,
     metadata: dict[str, str] | None = None,
 ) -> Iterator[tuple[str, int]]:
-    """Writes tensors one at a time, as the safetensors library lays them out: larger dtypes first, then by name.
+    """Writes tensors one at a time, in the order of the safetensors library: larger dtypes first, then by name.
 
     Args:
         path: The file.
-        infos: What will be written.
-        read: Gives each tensor when its turn comes.
+        infos: Shape and dtype of each tensor by name.
+        read: Returns a tensor by name; called once for each, in order.
         metadata: Text entries of the header.
 
     Yields:
-        Name and bytes of each tensor once written.
+        Name and bytes of each tensor after it is written.
 
     Raises:
-        ValueError: If `read` gives another shape or dtype than announced.
+        ValueError: If `read` returns another shape or dtype than in `infos`.
     """
     order = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
@@ -243,12 +243,12 @@ def write_safetensors(
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, metadata: dict[str, str]) -> None:
-    """Writes a small safetensors file, which appears whole or not at all; folders above it are made.
+    """Writes a small safetensors file, which appears complete or not at all; parent folders are created.
 
     Args:
-        path: The file, replaced if it exists.
-        arrays: By name.
-        metadata: Strings for the header.
+        path: The file, which is replaced if it exists.
+        arrays: The arrays by name.
+        metadata: Text entries of the header.
 
     Raises:
         UserError: If it cannot be written.
@@ -265,7 +265,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, metadata: dict
 
 
 def split_shards(infos: dict[str, TensorInfo], max_bytes: int | None) -> list[list[str]]:
-    """Names by shard, in order, each at most `max_bytes` unless one tensor is larger; one shard if None."""
+    """Names of tensors by shard, in order; shards have at most `max_bytes` unless one tensor is larger; None: one."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, info in infos.items():
@@ -286,10 +286,12 @@ def write_sharded(
     max_bytes: int | None,
     metadata: dict[str, str],
 ) -> Iterator[tuple[str, int]]:
-    """Writes `stem`.safetensors, or numbered shards and their index if more than `max_bytes` are needed.
+    """Writes `stem`.safetensors, or numbered shards with an index if the tensors exceed `max_bytes`.
+
+    Arguments are as in `write_safetensors`.
 
     Yields:
-        Name and bytes of each tensor once written.
+        Name and bytes of each tensor after it is written.
     """
     shards = split_shards(infos, max_bytes)
     if len(shards) == 1:

@@ -1,4 +1,4 @@
-"""torch's files from before 1.6, and of `_use_new_zipfile_serialization=False`: pickles in a row, then storages."""
+"""Files of torch before 1.6, or with `_use_new_zipfile_serialization=False`: several pickles, then storages."""
 
 import io
 from collections.abc import Callable
@@ -7,27 +7,27 @@ from typing import Any
 
 from monarchrt.models.checkpoints.plain_pickle import read_pickle
 
-MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what such a file begins with, a pickle of torch's magic number
+MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of such a file, a pickle of torch's magic number
 PROTOCOL = 1001
 
 
 class LegacyFile:
-    """Its object, and where the bytes of its storages are.
+    """The object in a legacy file, and the positions of its storages.
 
     Attributes:
         content: The object.
-        places: Of each storage by name, where its bytes begin in the file, and how many there are.
+        places: Position in the file and number of bytes of each storage, by name.
 
     Args:
         path: A file that begins with `MAGIC`.
-        build: As `read_pickle`.
-        storage: As `read_pickle`; called with what a storage of a newer file has, without views.
-        itemsize: Bytes of a number of each storage that `storage` has made, by name.
-        most: Bytes of pickles that are read at most.
+        build: As in `read_pickle`.
+        storage: As in `read_pickle`; called with the persistent id in the form of newer files, without views.
+        itemsize: Returns the bytes of a number of a storage that `storage` created.
+        most: Limit on the bytes of pickles.
 
     Raises:
-        UnsafePickleError: As `read_pickle`.
-        ValueError: If it is damaged, of another protocol, or of a big-endian machine.
+        UnsafePickleError: As in `read_pickle`.
+        ValueError: If it is damaged, has another protocol, or was written on a big-endian machine.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class LegacyFile:
                 at += 8 + count * sizes[key]
 
     def read(self, key: str) -> memoryview:
-        """The bytes of a storage, freshly read."""
+        """Reads the bytes of a storage."""
         at, count = self.places[key]
         data = bytearray(count)
         with self.path.open("rb") as file:

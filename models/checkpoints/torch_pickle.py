@@ -1,4 +1,4 @@
-"""torch's `.pt` files without torch, and without running anything: an archive of tensors' bytes, and a pickle."""
+"""Reading of torch's `.pt` files without torch and without running code: an archive of tensor bytes, and a pickle."""
 
 import collections
 import dataclasses
@@ -30,7 +30,7 @@ STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-# torch.DTYPE, which newer dtypes are stored with beside bytes without a type, and which settings may name
+# torch.DTYPE, which files name with untyped storages for newer dtypes, and in settings
 DTYPES = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
@@ -48,8 +48,8 @@ DTYPES = {
     "uint8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }
-MAX_PICKLE = 64 * 2**20  # bytes; that of a model has some 100 to 200 per tensor
-MAX_DEPTH = 4  # of dictionaries, down to which sets of tensors are looked for
+MAX_PICKLE = 64 * 2**20  # bytes; the pickle of a model has about 100 to 200 per tensor
+MAX_DEPTH = 4  # nesting of dictionaries in which sets of tensors are searched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _rebuild_tensor(storage, offset, shape, strides, *_) -> _Tensor:
         raise UnsafePickleError("a tensor lies outside its storage")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     count = math.prod(shape)
-    # a tensor that repeats its numbers would be larger in memory than in the file
+    # a tensor that repeats its numbers could be much larger in memory than in the file
     if count and (last >= storage.size or count > storage.size):
         raise UnsafePickleError("a tensor lies outside its storage")
     check_shape(tuple(shape), storage.dtype)
@@ -126,22 +126,22 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class TorchFile:
-    """A `.pt` file as torch writes it (a zip archive; before 1.6, pickles): dictionaries of tensors, read one by one.
+    """A `.pt` file of torch (a zip archive; before 1.6, pickles) with dictionaries of tensors, read one at a time.
 
     Attributes:
-        sets: Dictionaries of tensors by their key in the file, such as "generator_ema", keys of nested ones joined by
-            dots; "" if the file is one itself.
+        sets: Dictionaries of tensors by their key in the file, such as "generator_ema"; nested keys are joined by dots,
+            and the key is "" if the file itself is such a dictionary.
         infos: Shape and dtype by name in the chosen set.
 
     Args:
         path: The file.
-        weights: Which set to take; None takes the first of `preference` that is there, alone or inside others, or else
-            the one of most tensors.
-        preference: Order of choice.
+        weights: Name of the set; None: the first of `preference` that exists, at any depth, or else the set with the
+            most tensors.
+        preference: Names of sets in order of preference.
 
     Raises:
-        UnsafePickleError: If the file asks for anything but tensors and plain containers.
-        ValueError: If the file is neither, is truncated, or holds no such set.
+        UnsafePickleError: If the file refers to anything but tensors and plain containers.
+        ValueError: If it is not a file of torch, is truncated, or has no such set.
     """
 
     def __init__(self, path: Path, *, weights: str | None = None, preference: tuple[str, ...] = ()):
@@ -171,7 +171,7 @@ class TorchFile:
                 raise ValueError(f"{self.path}: {printable(name)} has {stored} bytes of {needed}; the file is damaged.")
 
     def _content(self) -> Any:
-        """The pickle's object."""
+        """The object in the pickle of an archive."""
         pickles = [name for name in self._entries if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError(f"{self.path} is a zip archive, but not one that torch.save wrote.")
@@ -192,7 +192,7 @@ class TorchFile:
         return self._legacy.content
 
     def _checked(self, content: Callable[[], Any]) -> Any:
-        """What it gives; errors name the file."""
+        """Returns content(); errors name the file."""
         try:
             return content()
         except UnsafePickleError as error:
@@ -218,7 +218,7 @@ class TorchFile:
         return read_entry(self.path, self._entries[f"{self._root}data/{storage.key}"]).data
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, freshly read; an archive's checksum is verified."""
+        """Reads a tensor; in an archive, its checksum is verified."""
         tensor = self._tensors[name]
         try:
             data = self._bytes(tensor.storage)
@@ -232,7 +232,7 @@ class TorchFile:
 
 
 def _tensor_sets(content: Any) -> dict[str, dict[str, _Tensor]]:
-    """Dictionaries of tensors in a loaded file: itself ("") or values in it, but for the states of optimizers."""
+    """Dictionaries of tensors in a loaded file: the file itself ("") or values in it, without states of optimizers."""
     sets: dict[str, dict[str, _Tensor]] = {}
     seen: set[int] = set()
 

@@ -1,7 +1,7 @@
-"""torch's `.pt` files written without torch: a zip archive of tensors' bytes, and a pickle that names them.
+"""Writing of torch's `.pt` files without torch: a zip archive of tensor bytes, and a pickle that names them.
 
-The archive is as `torch.save` makes it: entries are not compressed and begin at multiples of 64 bytes, so that
-`torch.load(mmap=True)` reads it too; `weights_only=True` is enough.
+As in archives of `torch.save`, entries are not compressed and are aligned to 64 bytes, so that `torch.load` reads the
+file also with `mmap=True` and `weights_only=True`.
 """
 
 import os
@@ -25,20 +25,20 @@ _HEADER, _FIELD = 30, 4  # bytes of a local header without its name, and of an e
 def write_torch(
     path: Path, key: str, infos: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]
 ) -> Iterator[tuple[str, int]]:
-    """Writes {key: {name: tensor}}, one tensor at a time; the file appears whole or not at all.
+    """Writes {key: {name: tensor}}, one tensor at a time; the file appears complete or not at all.
 
     Args:
         path: The file; an existing one is replaced.
         key: Key of the dictionary of tensors, such as generator_ema.
         infos: Shape and dtype by name.
-        read: Each tensor, of its shape and dtype.
+        read: Returns a tensor by name, with this shape and dtype.
 
     Yields:
-        Name and bytes of each tensor that was written.
+        Name and bytes of each tensor after it is written.
 
     Raises:
         ValueError: If a dtype has no name in torch.
-        DiskFullError: If there is no room.
+        DiskFullError: If the disk is full.
     """
     for name, info in infos.items():
         if info.dtype not in _STORAGE:
@@ -56,11 +56,11 @@ def write_torch(
 
 
 def _put(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
-    """Adds an entry whose content begins at a multiple of 64."""
+    """Adds an entry whose content is aligned to 64 bytes."""
     entry = zipfile.ZipInfo(f"archive/{name}")
     entry.file_size = len(content)
     begins = archive.fp.tell() + _HEADER + len(entry.filename) + _FIELD  # type: ignore[union-attr]
-    if entry.file_size * 1.05 > zipfile.ZIP64_LIMIT:  # then zipfile puts a field of its own before
+    if entry.file_size * 1.05 > zipfile.ZIP64_LIMIT:  # zipfile then inserts a field of its own
         begins += _FIELD + 16
     padding = -begins % _ALIGNED
     entry.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
@@ -69,7 +69,7 @@ def _put(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> No
 
 
 def _pickle(key: str, infos: Mapping[str, TensorInfo]) -> bytes:
-    """The pickle, protocol 2, of {key: {name: tensor}}."""
+    """The pickle of {key: {name: tensor}}, in protocol 2."""
     tensors = b"".join(_text(name) + _tensor(str(n), info) for n, (name, info) in enumerate(infos.items()))
     inner = b"}(" + tensors + b"u"
     return b"\x80\x02}(" + _text(key) + inner + b"u."
@@ -91,7 +91,7 @@ def _text(value: str) -> bytes:
 
 
 def _whole(value: int) -> bytes:
-    """BININT where it fits, else LONG1."""
+    """An integer as BININT if it fits, else LONG1."""
     if value < 2**31:
         return b"J" + struct.pack("<i", value)
     data = value.to_bytes(8, "little", signed=True)

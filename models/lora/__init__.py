@@ -1,11 +1,11 @@
-"""LoRAs of Wan transformers: changes W' = W + s (alpha / r) B A of weights, in files of their own.
+"""LoRAs of Wan transformers: changes W' = W + s (alpha / r) B A of weights, stored in separate files.
 
-names.py      what the three formats call tensors: diffusers (PEFT), ComfyUI (Wan's own names), Musubi
-reading.py    a file to the change of each tensor of a checkpoint
-merging.py    changes into an opened checkpoint or a model
-writing.py    to a file of any of the formats
-report.py     what a file is, in lines
-layers.py     layers with a pair of matrices that trains, and a model with such layers
+names.py      names of tensors in the three formats: diffusers (PEFT), ComfyUI (Wan's own names), Musubi
+reading.py    reads a file as the changes of a checkpoint's tensors
+merging.py    merges changes into an opened checkpoint or a model
+writing.py    writes a file in any of the formats
+report.py     describes a file
+layers.py     layers with trainable pairs of matrices, and models with such layers
 """
 
 from monarchrt.models.lora.merging import Scaled, merged, with_loras

@@ -1,4 +1,4 @@
-"""How strongly each pair of matrices of a LoRA counts: by its own alpha, the file's header, or PEFT's file beside."""
+"""The scale of each pair of matrices of a LoRA: from tensors, from the file's header, or from PEFT's file beside it."""
 
 import dataclasses
 import json
@@ -13,10 +13,10 @@ from monarchrt.models.checkpoints.tensor_files import TensorFile
 from monarchrt.models.errors import printable
 from monarchrt.models.lora.names import LoRAFormat
 
-HEADER = "lora_adapter_metadata"  # diffusers' entry in a header: JSON of what PEFT was told
-BESIDE = "adapter_config.json"  # PEFT's own file of it
+HEADER = "lora_adapter_metadata"  # diffusers' entry in a header: PEFT's settings as JSON
+BESIDE = "adapter_config.json"  # PEFT's own file of settings
 KOHYA_ALPHA, KOHYA_RANK = "ss_network_alpha", "ss_network_dim"  # kohya's and Musubi's entries
-# settings of PEFT that make more of a layer than W + s B A
+# settings of PEFT with which a layer is not W + s B A
 _KINDS = {
     "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
@@ -26,12 +26,12 @@ _KINDS = {
     "monteclora_config": "MonteCLoRA",
     "layer_replication": "layers that are repeated",
 }
-# beginnings that take something off W, which a LoRA is then to be added to
+# initialisations that subtract something from W, so that the LoRA must be added to the changed W
 _BEGINNINGS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 
 
 class Pair(NamedTuple):
-    """Two matrices of a layer.
+    """The pair of matrices of a layer.
 
     Attributes:
         rank: Their rank.
@@ -45,7 +45,7 @@ class Pair(NamedTuple):
 
 
 class _Pattern(NamedTuple):
-    """One of PEFT's: a layer whose name it matches, whole or after a dot, has the value."""
+    """A pattern of PEFT: layers whose name it matches, in full or after a dot, have the value."""
 
     expression: re.Pattern[str]
     value: float
@@ -53,15 +53,15 @@ class _Pattern(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """What is said of the layers whose own tensors do not say it.
+    """Stated alphas and ranks, which apply to layers without an alpha tensor.
 
     Attributes:
-        where: "header", "adapter_config.json", "ss_network_alpha", or "" if nothing is said.
-        alpha: Of layers that no pattern is for.
-        alphas: Of others; the first that matches counts.
-        rank: Likewise.
-        ranks: Likewise.
-        roots: Whether alpha is divided by the root of the rank.
+        where: "header", "adapter_config.json", "ss_network_alpha", or "" if nothing is stated.
+        alpha: Alpha of layers that match no pattern.
+        alphas: Patterns with other alphas; the first that matches applies.
+        rank: Rank of layers that match no pattern.
+        ranks: Patterns with other ranks; the first that matches applies.
+        roots: Whether alpha is divided by the square root of the rank (rsLoRA).
     """
 
     where: str = ""
@@ -75,21 +75,21 @@ class _Stored:
 def settle(
     pairs: Mapping[str, Pair], path: Path, file: TensorFile, format: LoRAFormat, warn: Callable[[str], None]
 ) -> tuple[dict[str, float], dict[str, float], str]:
-    """Alpha and strength of each pair, and where they are from.
+    """Determines alpha and scale of each pair.
 
     Args:
-        pairs: By Wan's own name of the layer.
+        pairs: The pairs by Wan's own name of the layer.
         path: The file.
-        file: Its header.
-        format: Whose names it has.
-        warn: Called with a line for each thing that a person should know.
+        file: The opened file, for its header.
+        format: The format of its names.
+        warn: Called with a line for each fact that the user should know.
 
     Returns:
-        Alphas; what to multiply the product of the matrices by; "tensors", "header", "adapter_config.json",
-        "ss_network_alpha", or "" if nothing is said of one of them.
+        Alpha by layer; the factor of the product of the matrices by layer; and the source of alpha, "tensors",
+        "header", "adapter_config.json", "ss_network_alpha", or "" if a layer has none.
 
     Raises:
-        ValueError: If what is said cannot be understood, or is of a kind that is not supported.
+        ValueError: If the settings are invalid, or of a kind of LoRA that is not supported.
     """
     silent = {name: pair for name, pair in pairs.items() if pair.alpha is None}
     stored = _of_header(path, file)
@@ -130,10 +130,10 @@ def _tell_of_ranks(pairs: Mapping[str, Pair], stored: _Stored, path: Path, warn:
 
 
 def _of_header(path: Path, file: TensorFile) -> _Stored | None:
-    """What diffusers' entry in the header says, or PEFT's file beside; None without them."""
+    """The settings in diffusers' entry of the header, or in PEFT's file beside; None without them."""
     if HEADER in file.metadata:
         data = parse_json(file.metadata[HEADER], f"{HEADER} in the header of {path}")
-        # parts of a pipeline are told by prefixes
+        # prefixes name the parts of a pipeline
         return _of_peft({name.removeprefix("transformer."): value for name, value in data.items()}, path, "header")
     if path.name.startswith("adapter_model") and (path.parent / BESIDE).is_file():
         return _of_peft(read_json(path.parent / BESIDE), path, BESIDE)
@@ -169,9 +169,10 @@ def _of_peft(data: dict[str, Any], path: Path, where: str) -> _Stored:
 
 
 def _of_kohya(pairs: Mapping[str, Pair], path: Path, file: TensorFile, format: LoRAFormat) -> tuple[_Stored, str]:
-    """What kohya's entries in the header say, which are texts, and why it is not taken: "None" and 0 are the rank.
+    """The settings in kohya's entries of the header, and the reason why they are not used, if so.
 
-    Musubi's converter to other names multiplies alpha into the matrices, and keeps the header.
+    Entries are text; "None" and 0 stand for the rank. Musubi's converter to other names multiplies alpha into the
+    matrices but keeps the header.
     """
     found = {}
     for entry in (KOHYA_ALPHA, KOHYA_RANK):
@@ -214,7 +215,7 @@ def _patterns(given: Any, setting: str, path: Path, where: str) -> tuple[_Patter
 
 
 def _check(values: Iterable[Any], setting: str, path: Path, where: str) -> None:
-    """Raises ValueError unless they are numbers, of ranks whole ones of at least 1."""
+    """Raises ValueError unless the values are finite numbers, or for ranks integers of at least 1."""
     ranks = setting in ("r", "rank_pattern")
     for value in values:
         number = type(value) in (int, float) and math.isfinite(value)

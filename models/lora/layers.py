@@ -1,6 +1,6 @@
-"""Layers with a pair of matrices beside their own, y = x W + b + (alpha / r) x A B, of which only the pair is to train.
+"""Layers with a LoRA, y = x W + b + (alpha / r) x A B, of which only A and B are trained.
 
-A file has A as [r, in] and B as [out, r]; here they are [in, r] and [r, out], as kernels are, stacked over the blocks.
+Files store A as [r, in] and B as [out, r]; here they are [in, r] and [r, out] like kernels, stacked over the blocks.
 """
 
 import fnmatch
@@ -20,13 +20,13 @@ from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.dit import WanModel
 from monarchrt.models.wan.kinds import own_shapes
 
-LAYERS = ("self_attn", "cross_attn", "ffn")  # what all trainers adapt
+LAYERS = ("self_attn", "cross_attn", "ffn")  # the layers that all trainers adapt
 DOWN, UP = "lora_a", "lora_b"  # names of the parameters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """The size of a LoRA.
+    """Rank, alpha and layers of a LoRA.
 
     Attributes:
         rank: Rank r of the matrices.
@@ -40,7 +40,7 @@ class Adapter:
 
     @property
     def strength(self) -> float:
-        """Alpha."""
+        """Alpha, by default the rank."""
         return float(self.rank if self.alpha is None else self.alpha)
 
 
@@ -53,10 +53,10 @@ class LoRALinear(nnx.Linear):
         ((4, 2), (2, 3), (5, 3))
 
     Args:
-        linear: The layer, whose parameters it shares; of layers that are stacked, stacked.
-        rank: r.
+        linear: The layer, whose parameters it shares; may be stacked over blocks.
+        rank: Rank r.
         alpha: Numerator of the scale alpha / r.
-        rngs: Its `params` stream draws A, uniform within 1/sqrt(in), as PEFT does; B is zero.
+        rngs: Random keys for A, which is uniform within 1/sqrt(in), as in PEFT; B is zero.
     """
 
     def __init__(self, linear: nnx.Linear, *, rank: int, alpha: float, rngs: nnx.Rngs):
@@ -79,7 +79,7 @@ class LoRALinear(nnx.Linear):
 
 
 def layer_names(config: WanConfig, wanted: Sequence[str] = LAYERS) -> dict[str, list[str]]:
-    """The dense layers of a network that are wanted.
+    """Selects dense layers of a network by name.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -91,10 +91,10 @@ def layer_names(config: WanConfig, wanted: Sequence[str] = LAYERS) -> dict[str, 
         wanted: Parts of names between dots, such as `self_attn`, `q` or `ffn.fc1`, or patterns of whole names.
 
     Returns:
-        Wan's own names of each layer, one of each block, by ours.
+        For each selected layer, by its name in the model, Wan's own names, one for each block.
 
     Raises:
-        ValueError: If one fits no layer; names those that there are.
+        ValueError: If an entry matches no layer; the message lists all layers.
     """
     layers: dict[str, list[str]] = {}
     for tensor in tensors(config):
@@ -111,7 +111,7 @@ def layer_names(config: WanConfig, wanted: Sequence[str] = LAYERS) -> dict[str, 
 
 
 def with_adapter(model: WanModel, adapter: Adapter, *, rngs: nnx.Rngs) -> WanModel:
-    """The same arrays with a pair of matrices beside each layer that is to have one; its output is the same at first.
+    """Adds a pair of matrices to the selected layers; the output of the model does not change until they are trained.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -121,15 +121,16 @@ def with_adapter(model: WanModel, adapter: Adapter, *, rngs: nnx.Rngs) -> WanMod
         (4, 96, 4)
 
     Args:
-        model: Which is left as it is.
+        model: The model; it does not change.
         adapter: Rank, alpha and layers.
-        rngs: Draws A.
+        rngs: Random keys for A.
 
     Returns:
-        A new model; the parameters of the pairs are `nnx.LoRAParam`, in float32.
+        A new model with the same arrays; the parameters of the pairs are `nnx.LoRAParam`, in float32.
 
     Raises:
-        ValueError: If layers do not exist, or the rank is larger than one of them.
+        ValueError: If a layer does not exist, the rank is larger than a layer, or the attention has parameters of its
+            own.
     """
     if own := own_shapes(model.config):
         raise ValueError(
@@ -152,7 +153,7 @@ def with_adapter(model: WanModel, adapter: Adapter, *, rngs: nnx.Rngs) -> WanMod
 
 
 def folded(model: WanModel) -> WanModel:
-    """A model with its pairs of matrices merged into its layers, which are plain ones again.
+    """Merges the pairs of matrices of a model into its layers, which become plain dense layers again.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -162,10 +163,10 @@ def folded(model: WanModel) -> WanModel:
         False
 
     Args:
-        model: Which is left as it is.
+        model: The model; it does not change.
 
     Returns:
-        A new model; W + (alpha / r) A B is formed in float32, and rounded to the type of W.
+        A new model; W + (alpha / r) A B is computed in float32 and rounded to the dtype of W.
     """
     plain = nnx.eval_shape(lambda: WanModel(model.config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(plain)
@@ -184,10 +185,10 @@ def folded(model: WanModel) -> WanModel:
 
 
 def factors_of(arrays: dict[str, np.ndarray], config: WanConfig, *, alpha: float | None) -> dict[str, Factors]:
-    """The matrices of each layer by Wan's own name, as files have them.
+    """The matrices of each layer by Wan's own name, in the layout of files.
 
     Args:
-        arrays: Parameters by name, such as `blocks.self_attn.q.lora_a`, layers stacked; others are passed over.
+        arrays: Parameters by name, such as `blocks.self_attn.q.lora_a`, stacked over blocks; others are ignored.
         config: The network.
         alpha: Alpha of all layers; None: their rank.
 
@@ -195,7 +196,7 @@ def factors_of(arrays: dict[str, np.ndarray], config: WanConfig, *, alpha: float
         The matrices.
 
     Raises:
-        ValueError: If one of a pair is missing.
+        ValueError: If one matrix of a pair is missing.
     """
     factors: dict[str, Factors] = {}
     for name, officials in layer_names(config, ["*"]).items():

@@ -1,4 +1,4 @@
-"""LoRAs merged into weights: W' = W + s (alpha / r) B A, in float32, rounded once; nothing is changed in place."""
+"""Merging of LoRAs into weights: W' = W + s (alpha / r) B A, computed in float32 and rounded once, not in place."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Scaled(NamedTuple):
 
 
 def parse_scaled(text: str) -> tuple[str, float]:
-    """Path and strength, from `FILE` or `FILE:SCALE`; if a file of the whole name exists, the strength is 1.
+    """Parses `FILE` or `FILE:SCALE` into path and strength; if a file of the whole name exists, the strength is 1.
 
     Examples:
         >>> parse_scaled("styles/ink.safetensors:0.8"), parse_scaled("ink.safetensors")
@@ -84,7 +84,7 @@ class MergedFile:
         self.path, self.infos, self.metadata = file.path, file.infos, file.metadata
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, freshly read."""
+        """Reads a tensor, with LoRAs merged."""
         array = self._file.read(name)
         return merge_arrays(array, self._names[name], self._loras) if name in self._names else array
 
@@ -116,7 +116,7 @@ def with_loras(source: Source, loras: Sequence[Scaled]) -> Source:
 
 
 class AsTrained(NamedTuple):
-    """The attention that weights were trained for, and how to sample them."""
+    """The attention that weights were trained for, and their settings for sampling."""
 
     config: WanConfig
     few_step: bool = False
@@ -127,7 +127,7 @@ def as_trained(before: AsTrained, loras: Sequence[Scaled]) -> AsTrained:
     """Attention and sampling recorded in the last LoRA from `monarchrt train`; otherwise those given.
 
     Raises:
-        ValueError: If what a LoRA records cannot be read.
+        ValueError: If the settings in a LoRA are invalid.
     """
     for lora, _ in loras:
         if lora.settings:

@@ -1,11 +1,11 @@
-"""What files of LoRAs call the tensors of a Wan transformer, in three formats; and which models other files are for.
+"""Names of tensors in LoRA files for Wan transformers, in three formats, and the models that other LoRA files are for.
 
     diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight; alpha in the header
     comfyui     diffusion_model.blocks.0.self_attn.q.lora_down.weight (or lora_A), .alpha; Wan's own names
     musubi      lora_unet_blocks_0_self_attn_q.lora_down.weight, .alpha; Wan's own names without dots
 
-Beside pairs of matrices there may be whole differences: `.diff` of a weight, `.diff_b` of a bias, `.diff_m` of a
-table of modulations.
+Besides pairs of matrices there may be full differences: `.diff` of a weight, `.diff_b` of a bias, `.diff_m` of a
+modulation table.
 """
 
 import functools
@@ -20,10 +20,10 @@ type LoRAFormat = Literal["diffusers", "comfyui", "musubi"]
 type Part = Literal["down", "up", "up_bias", "alpha", "diff", "diff_b", "diff_m"]
 
 PREFIXES: dict[str, str] = {"diffusers": "transformer.", "comfyui": "diffusion_model.", "musubi": "lora_unet_"}
-# what trainers put before names with dots, and before names without
+# prefixes of trainers, of names with dots and of names without
 _DOTTED = re.compile(r"(?:(?:base_model|pipe|model|diffusion_model|transformer|dit|unet|module)\.)+")
 _FLAT = re.compile(r"(?:lora_unet|lora_transformer|lora_dit|lycoris(?:_unet)?)_")
-# how keys end, and which part of a change that is; `.default` and the like are names of adapters in PEFT
+# endings of keys by the part of the change; `.default` and the like are names of adapters in PEFT
 _PARTS: dict[Part, re.Pattern[str]] = {
     "down": re.compile(r"(?:\.lora_(?:A|down)|[._]lora\.down)(?:\.(?!bias$|weight$)\w+)?(?:\.weight)?$"),
     "up": re.compile(r"(?:\.lora_(?:B|up)|[._]lora\.up)(?:\.(?!bias$|weight$)\w+)?(?:\.weight)?$"),
@@ -33,7 +33,7 @@ _PARTS: dict[Part, re.Pattern[str]] = {
     "diff_b": re.compile(r"\.(?:diff_b|b_norm)$"),
     "diff_m": re.compile(r"\.diff_m$"),
 }
-# what changes weights in a way that is not a sum, or not of two matrices
+# adapters whose change is not the product of two matrices
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
     (r"\.lokr_\w+$", "LoKr (Kronecker products)"),
     (r"\.hada_\w+$", "LoHa (Hadamard products)"),
@@ -56,7 +56,7 @@ _BLOCK = re.compile(r"^blocks([._])(\d+)[._](.+)$")
 
 
 class Key(NamedTuple):
-    """What one tensor of a file is.
+    """The meaning of a tensor in a file.
 
     Attributes:
         module: Wan's own name of the module, or of the array for tables of modulations: `blocks.0.self_attn.q`.
@@ -68,12 +68,12 @@ class Key(NamedTuple):
 
 
 class Names(NamedTuple):
-    """What a file's names say.
+    """The parsed names of a file.
 
     Attributes:
-        keys: What each tensor is, by its name in the file.
-        unknown: Names that are of no module of a Wan transformer.
-        format: Whose names they are.
+        keys: The meaning of each tensor, by its name in the file.
+        unknown: Names that belong to no module of a Wan transformer.
+        format: The format of the names.
     """
 
     keys: dict[str, Key]
@@ -82,7 +82,7 @@ class Names(NamedTuple):
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are of a LoRA, of whatever model, rather than of a model.
+    """Whether tensors with these names belong to a LoRA, of any model, rather than to a model.
 
     Examples:
         >>> is_lora(["lora_unet_blocks_0_self_attn_q.lora_down.weight"]), is_lora(["blocks.0.self_attn.q.weight"])
@@ -92,7 +92,7 @@ def is_lora(names: Iterable[str]) -> bool:
 
 
 def read_names(names: Iterable[str]) -> Names:
-    """Finds out what the tensors of a file are.
+    """Parses the names of a file's tensors.
 
     Examples:
         >>> read_names(["transformer.blocks.3.attn2.to_out.0.lora_B.weight"]).keys.popitem()[1]
@@ -114,7 +114,7 @@ def read_names(names: Iterable[str]) -> Names:
 
 
 def layer_names(name: str) -> tuple[str, ...]:
-    """What the network that was trained may have called the layer of a tensor, as PEFT's patterns want it.
+    """Possible names of a tensor's layer in the network that was trained, for matching PEFT's patterns.
 
     Examples:
         >>> layer_names("base_model.model.dit.blocks.3.attn2.to_q.lora_B.weight")
@@ -126,7 +126,7 @@ def layer_names(name: str) -> tuple[str, ...]:
 
 
 def family(names: Iterable[str]) -> str | None:
-    """The model that a LoRA with such names is for, if it is known and none of Wan 2.1's.
+    """The model that a LoRA with these names is for, if it is recognised and not Wan 2.1.
 
     Examples:
         >>> family(["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"])
@@ -141,16 +141,19 @@ def family(names: Iterable[str]) -> str | None:
 
 
 def write_name(module: str, ending: str, format: str) -> str:
-    """What a format calls a tensor.
+    """The name of a tensor in a format.
 
     Examples:
         >>> write_name("blocks.0.ffn.0", ".lora_up.weight", "musubi")
         'lora_unet_blocks_0_ffn_0.lora_up.weight'
 
     Args:
-        module: Wan's own name.
+        module: Wan's own name of the module.
         ending: End of the key.
-        format: The format.
+        format: "diffusers", "comfyui" or "musubi".
+
+    Returns:
+        The name.
     """
     if format == "diffusers":
         match = _BLOCK.match(module)
@@ -160,7 +163,7 @@ def write_name(module: str, ending: str, format: str) -> str:
 
 
 def _split(name: str) -> tuple[str, Part | None]:
-    """The name without its ending, and what that says."""
+    """The name without its ending, and the part that the ending stands for."""
     for part, pattern in _PARTS.items():
         if (match := pattern.search(name)) is not None:
             return name[: match.start()], part
@@ -168,10 +171,10 @@ def _split(name: str) -> tuple[str, Part | None]:
 
 
 def _module(stem: str, *, diffusers: bool, table: bool) -> str | None:
-    """Wan's own name of a module, from that in a file."""
+    """Wan's own name of a module, from its name in a file; None if there is no such module."""
     stem = _FLAT.sub("", stem, count=1) if _FLAT.match(stem) else stem
     match = _BLOCK.match(stem)
-    if table and (bare := re.fullmatch(r"blocks[._](\d+)|head", stem)):  # .diff_m stands by the block itself
+    if table and (bare := re.fullmatch(r"blocks[._](\d+)|head", stem)):  # .diff_m follows the name of the block itself
         return f"{stem.replace('_', '.')}.modulation" if bare[1] else "head.modulation"
     rest = f"blocks.{{i}}.{match[3]}" if match else stem
     template = _tables()["diffusers" if diffusers else "official"].get(rest)
@@ -180,7 +183,7 @@ def _module(stem: str, *, diffusers: bool, table: bool) -> str | None:
 
 @functools.cache
 def _tables() -> dict[str, dict[str, str]]:
-    """Wan's own names by those of each naming, with dots and without; and those of diffusers by Wan's own."""
+    """Wan's own names by the names of each naming, with and without dots; and names of diffusers by Wan's own."""
     rules = (*OUTER, *OUTER_I2V, *BLOCK, *BLOCK_I2V)
     tables: dict[str, dict[str, str]] = {"theirs": {rule.official: rule.diffusers for rule in rules}}
     for naming in ("official", "diffusers"):

@@ -1,4 +1,4 @@
-"""LoRA files: what each changes in a Wan transformer, and by how much. Tensors are read lazily."""
+"""Reading of LoRA files as changes of a Wan transformer's tensors, which are read lazily."""
 
 import dataclasses
 import functools
@@ -23,14 +23,14 @@ from monarchrt.models.wan.checkpoints.mapping import BLOCK, BLOCK_I2V, OUTER, OU
 from monarchrt.models.wan.checkpoints.settings import OWN_KEY
 from monarchrt.models.wan.config import WanConfig
 
-RANK = "lora_rank"  # of ours in a header
-NAMES = {1536: "Wan 2.1 1.3B", 5120: "Wan 2.1 14B", 3072: "Wan 2.2 5B"}  # by the width
+RANK = "lora_rank"  # our entry in a header
+NAMES = {1536: "Wan 2.1 1.3B", 5120: "Wan 2.1 14B", 3072: "Wan 2.2 5B"}  # by `dim`
 _PREFERRED = ("pytorch_lora_weights", "adapter_model")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
-    """The change of one tensor: scale * up @ down, a whole difference, or both. Names are those in the file.
+    """The change of one tensor: scale * up @ down, a full difference, or both. Fields are names of tensors in the file.
 
     Attributes:
         down: Matrix [r, in]; for a convolution [r, in, t, h, w].
@@ -55,12 +55,12 @@ class LoRA:
 
     Attributes:
         path: The file.
-        format: Whose key names it uses.
+        format: The format of its names.
         changes: Change by Wan's own name of the tensor, such as `blocks.0.self_attn.q.weight`.
         ranks: Rank by name of the layer, for layers changed by a pair of matrices.
-        alphas: Alpha, likewise; the rank if the file has none.
-        said: Where alpha comes from: "tensors", "header", "adapter_config.json", "ss_network_alpha", or "" if the file
-            has none.
+        alphas: Alpha by name of the layer; the rank if the file has none.
+        said: Source of alpha: "tensors", "header", "adapter_config.json", "ss_network_alpha", or "" if the file has
+            none.
         settings: Training settings stored by `monarchrt`; {} for other files.
         file: The tensors.
     """
@@ -101,7 +101,7 @@ class LoRA:
 
     @functools.cached_property
     def width(self) -> int | None:
-        """Width of the transformer it is for, if a tensor shows it."""
+        """Channels `dim` of the transformer that it is for, if a tensor shows it."""
         for name, change in self.changes.items():
             if re.search(r"(self_attn|cross_attn)\.[qo]\.weight$|ffn\.0\.weight$|time_projection", name):
                 return change.shape[-1]
@@ -111,7 +111,7 @@ class LoRA:
 
     @functools.cached_property
     def blocks(self) -> int:
-        """One more than the number of the last block it changes."""
+        """Index of the last block that it changes, plus one."""
         return 1 + max((int(name.split(".")[1]) for name in self.changes if name.startswith("blocks.")), default=-1)
 
     @property
@@ -121,7 +121,7 @@ class LoRA:
 
     @property
     def model(self) -> str:
-        """The transformer it is for, in words."""
+        """Description of the transformer that it is for."""
         width = [] if self.width is None else [f"width {self.width}"]
         kind = [*width, f"{self.blocks} blocks" if self.blocks else "", "image-to-video" if self.is_i2v else ""]
         return f"{NAMES.get(self.width or 0, 'a Wan transformer')} ({', '.join(filter(None, kind))})"
@@ -138,10 +138,10 @@ class LoRA:
         return ", ".join(filter(None, (layers, f"{whole} tensors with differences of their own" if whole else "")))
 
     def check(self, config: WanConfig) -> None:
-        """Looks whether it is for a transformer.
+        """Checks that it is for a transformer.
 
         Raises:
-            ValueError: If it changes a tensor that the transformer has not, or one of another shape.
+            ValueError: If it changes a tensor that the transformer does not have, or that has another shape.
         """
         shapes = {tensor.official: checkpoint_shape(config, tensor) for tensor in tensors(config)}
         lacking = [name for name in self.changes if name not in shapes]
@@ -157,13 +157,13 @@ class LoRA:
 
 
 def _numbers(what: str, values: dict[str, Any]) -> str:
-    """The values of all layers: `rank 4`, `rank 4 to 64`."""
+    """The range of the values of all layers: `rank 4`, `rank 4 to 64`."""
     numbers = sorted(set(values.values()))
     return f"{what} {' to '.join(f'{n:g}' for n in dict.fromkeys((numbers[0], numbers[-1])))}" if numbers else ""
 
 
 def describe(config: WanConfig) -> str:
-    """A transformer in words.
+    """Description of a transformer.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -176,10 +176,7 @@ def describe(config: WanConfig) -> str:
 
 
 def lora_file(path: Path) -> Path | None:
-    """The file of a LoRA that a path names, itself or the one in a folder of a LoRA; None if it is something else.
-
-    What cannot be read is something else, too.
-    """
+    """The LoRA file at a path, which may be the file or a folder with it; None for other or unreadable files."""
     path = path.expanduser()
     if path.is_dir():
         stem = next((stem for stem in _PREFERRED if (path / f"{stem}.safetensors").is_file()), None)
@@ -195,14 +192,14 @@ def open_lora(path: str | Path, *, warn: Callable[[str], None] = lambda line: No
 
     Args:
         path: A file, or a folder with one.
-        warn: Called with a line if the file does not say its alpha, which is then the rank, or says it in an odd way.
+        warn: Called with a line if the file has no alpha, so that the rank is used, or has inconsistent settings.
 
     Returns:
         The LoRA.
 
     Raises:
-        ValueError: If it cannot be read, is none or one for another family of models, holds a tensor that is no part of
-            one, or half of a pair.
+        ValueError: If it cannot be read, is not a LoRA or is one for other models, has a tensor that is not part of a
+            LoRA, or lacks one matrix of a pair.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -227,7 +224,7 @@ def open_lora(path: str | Path, *, warn: Callable[[str], None] = lambda line: No
 def _assemble(
     path: Path, file: TensorFile, keys: dict[str, Key], format: LoRAFormat, warn: Callable[[str], None]
 ) -> LoRA:
-    """The changes, each tensor of the file in its place."""
+    """Builds the LoRA from the meanings of its tensors."""
     modules: dict[str, dict[str, str]] = {}
     for name, key in keys.items():
         parts = modules.setdefault(key.module, {})
@@ -258,7 +255,7 @@ def _assemble(
 def _add(
     changes: dict[str, Change], path: Path, file: TensorFile, module: str, parts: dict[str, str], scale: float
 ) -> None:
-    """Puts the changes of one module under the names of its tensors."""
+    """Adds the changes of a module, by the names of its tensors."""
     leaves = _leaves(module)
     weight = module if "" in leaves else f"{module}.weight"
     if "down" in parts:
@@ -298,7 +295,7 @@ def _leaves(module: str) -> dict[str, str]:
 
 
 def _rank(path: Path, file: TensorFile, parts: dict[str, str]) -> int:
-    """The rank of a pair of matrices; ValueError if they are none."""
+    """The rank of a pair of matrices; raises ValueError if their shapes do not match."""
     down, up = file.infos[parts["down"]].shape, file.infos[parts["up"]].shape
     whole = len(down) in (2, 5) and len(up) == len(down) and math.prod(up[2:]) == 1 and down[0] == up[1] > 0
     if not whole:

@@ -1,4 +1,4 @@
-"""What a LoRA is, in lines: `monarchrt inspect FILE`."""
+"""The description of a LoRA by `monarchrt inspect FILE`."""
 
 import collections
 import math
@@ -17,10 +17,10 @@ FORMATS = {
 
 
 def report(lora: LoRA) -> list[str]:
-    """A line for each fact.
+    """Describes a LoRA, one line per fact.
 
     Raises:
-        ValueError: If what it says of its training cannot be understood.
+        ValueError: If its training settings are invalid.
     """
     infos = lora.file.infos.values()
     dtypes = collections.Counter(info.dtype.name for info in infos).most_common()
@@ -46,7 +46,7 @@ def report(lora: LoRA) -> list[str]:
 
 
 def _spread(values: dict[str, int] | dict[str, float]) -> str:
-    """How many layers have which value, the most common first."""
+    """The values with their numbers of layers, most common first."""
     counts = collections.Counter(values.values()).most_common()
     if len(counts) == 1:
         return f"{counts[0][0]:g}"
@@ -55,7 +55,7 @@ def _spread(values: dict[str, int] | dict[str, float]) -> str:
 
 
 def _layers(lora: LoRA) -> str:
-    """The layers with pairs of matrices, those of the blocks together: `60: self_attn q k v o in blocks 0 to 14`."""
+    """The layers with pairs of matrices, grouped over blocks: `60: self_attn q k v o in blocks 0 to 14`."""
     groups: dict[tuple[str, ...], list[int]] = {}
     outer, blocks = [], collections.defaultdict[int, list[str]](list)
     for name in lora.ranks:

@@ -1,4 +1,4 @@
-"""LoRAs to files of the three formats, which other programs read."""
+"""Writing of LoRAs in the three formats that other programs read."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from monarchrt.models.lora.reading import LoRA
 from monarchrt.models.wan.checkpoints.settings import OWN_KEY
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
-# what files of a format call the two matrices
+# endings of the names of the two matrices
 _ENDINGS: dict[str, tuple[str, str]] = {
     "diffusers": (".lora_A.weight", ".lora_B.weight"),
     "comfyui": (".lora_down.weight", ".lora_up.weight"),
@@ -25,7 +25,7 @@ _ENDINGS: dict[str, tuple[str, str]] = {
 
 
 class Factors(NamedTuple):
-    """A change of one layer: B A with strength alpha / r."""
+    """The change of one layer, (alpha / r) B A."""
 
     down: Float32[np.ndarray, "r ..."]  # A
     up: Float32[np.ndarray, "out r ..."]  # B
@@ -41,24 +41,24 @@ def write_lora(
     settings: Mapping[str, Any] | None = None,
     whole: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Writes a LoRA; the file appears whole or not at all.
+    """Writes a LoRA; the file appears complete or not at all.
 
-    Alpha goes into tensors of its own, or for diffusers into the header, where one number serves all layers and others
-    are named.
+    Alpha is stored in tensors or, for diffusers, in the header, as one number for most layers and a pattern for each
+    other one.
 
     Args:
-        path: The file, which must not exist.
-        factors: By Wan's own name of the layer, such as `blocks.0.self_attn.q`.
-        format: Whose names.
+        path: The file, which must not exist and must end in .safetensors.
+        factors: The matrices by Wan's own name of the layer, such as `blocks.0.self_attn.q`.
+        format: "comfyui", "diffusers" or "musubi".
         dtype: "float32", "bfloat16" or "float16".
-        settings: How it was trained, for `monarchrt generate`.
-        whole: Differences of whole tensors by Wan's own name, which diffusers has no names for.
+        settings: Training settings to store, for `monarchrt generate`.
+        whole: Full differences of tensors by Wan's own name, which the format "diffusers" cannot store.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If the file exists, the format or dtype is unknown, or cannot hold what there is.
+        ValueError: If the file exists, the format or dtype is unknown, or the format cannot store `whole`.
         UserError: If it cannot be written.
     """
     path = Path(path).expanduser()
@@ -95,16 +95,20 @@ def write_lora(
 
 
 def rewrite_lora(lora: LoRA, path: str | Path, *, format: str, dtype: str | None = None) -> Path:
-    """Writes a LoRA that was opened under the names of a format; as `write_lora`.
+    """Writes an opened LoRA in another format.
 
     Args:
         lora: The LoRA.
         path: The file, which must not exist.
-        format: Whose names.
-        dtype: None keeps the file's, float32 if it is mixed or another.
+        format: As in `write_lora`.
+        dtype: As in `write_lora`; None keeps the file's, or float32 if it is mixed or not one of these.
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: As in `write_lora`.
+        UserError: As in `write_lora`.
     """
     factors, whole = {}, {}
     for name, change in lora.changes.items():
@@ -124,7 +128,7 @@ def rewrite_lora(lora: LoRA, path: str | Path, *, format: str, dtype: str | None
 
 
 def _header(factors: Mapping[str, Factors]) -> dict[str, Any]:
-    """What diffusers is told, as `LoraConfig` of PEFT takes it, each name with the part of the pipeline before it."""
+    """diffusers' entry of the header: fields of PEFT's `LoraConfig`, prefixed with the part of the pipeline."""
     names = {module: write_name(module, "", "diffusers").removeprefix("transformer.") for module in factors}
     ranks = {names[module]: len(one.down) for module, one in factors.items()}
     alphas = {names[module]: one.alpha for module, one in factors.items()}

@@ -1,4 +1,4 @@
-"""GELU whose gradient is one pass in float32."""
+"""GELU with a gradient that is computed in one pass in float32."""
 
 import math
 
@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_SLOPE, _CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # of the usual form: x / (1 + exp(-SLOPE * (x + CUBE * x^3)))
+_SLOPE, _CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # GELU(x) = x / (1 + exp(-SLOPE * (x + CUBE * x^3)))
 
 
 @jax.custom_vjp
 def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """GELU by its usual approximation, `jax.nn.gelu(x, approximate=True)`.
+    """GELU by its tanh approximation, `jax.nn.gelu(x, approximate=True)`.
 
-    JAX's own gradient rounds each of its steps to the dtype of `x`; this one computes in float32 or wider, and of what
-    it needs only `x` is kept.
+    JAX's own gradient rounds each of its steps to the dtype of `x`; this one computes in float32 or wider and keeps
+    only `x` for the backward pass.
 
     Examples:
         >>> x = jnp.array([-1.0, 0.0, 1.0])
@@ -22,12 +22,12 @@ def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         True
 
     Args:
-        x: Of any shape.
+        x: An array of any shape.
 
     Returns:
-        As `x`.
+        An array like `x`.
     """
-    return jax.nn.gelu(x, approximate=True)  # which products of cuBLASLt know, and do at their end
+    return jax.nn.gelu(x, approximate=True)  # XLA fuses this form into products of cuBLASLt
 
 
 def _forward(x):

@@ -1,7 +1,7 @@
-"""Wan applied to one block of frames after another, with caches of fixed shapes: one program for a whole video.
+"""Wan applied block by block with caches of fixed shapes, so that one compiled program generates a whole video.
 
-The parameters are the bidirectional model's. Training sees the whole clip at once with `WanConfig.causal_block`;
-generation calls `cached_forward` for each denoising step of each block. Both give the same numbers.
+The parameters are those of the bidirectional model. Training sees the whole clip at once with `WanConfig.causal_block`;
+generation calls `cached_forward` for each denoising step of each block. Both give the same result.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from monarchrt.models.wan.unrolled import over_layers
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanCache:
-    """Keys and values of the frames so far, for every layer, and of the text. A pytree of fixed shapes.
+    """Keys and values of the frames so far and of the text, for every layer. A pytree whose shapes do not change.
 
     Attributes:
         runs: For each run of layers with equal attention, its kind's cache, whose arrays have a leading axis of these
@@ -39,7 +39,7 @@ class WanCache:
         length: int32 scalar, frames written so far.
         cross: (key, value) of the text and, for i2v, of the image, each [layers, B, rows, heads, head_dim]; with
             unrolled layers, such pairs for each layer, [B, rows, heads, head_dim].
-        shape: What the caches were created for.
+        shape: Sizes of the caches.
     """
 
     runs: Any
@@ -49,7 +49,7 @@ class WanCache:
 
     @property
     def keys(self) -> tuple[Any, ...]:
-        """Keys of each run, in the order in which its attention keeps them, [layers, B, ...]."""
+        """Keys of each run, [layers, B, ...], in the order in which its attention stores them."""
         return tuple(cache.key for run in self.runs for cache in _each(run))
 
     @property
@@ -72,7 +72,7 @@ def init_cache(
     block: int | None = None,
     layers: list[Any] | None = None,
 ) -> WanCache:
-    """Caches for a new video: filled from the text for cross-attention, empty for self-attention.
+    """Creates the caches of a new video: keys and values of the text for cross-attention, empty for self-attention.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -102,7 +102,7 @@ def init_cache(
         The cache. It is differentiable in the text's keys and values.
 
     Raises:
-        ValueError: If sizes do not fit the model, its tiles or each other.
+        ValueError: If sizes do not fit the model or its tiles, or are inconsistent.
     """
     config = model.config
     model.check_context(text.shape[0], text, image)
@@ -114,7 +114,7 @@ def init_cache(
 
 
 def cache_shape(config: WanConfig, batch: int, *, height: int, width: int, **room: Any) -> CacheShape:
-    """What caches are to hold; `room` has the frames, and how they roll."""
+    """Sizes of the caches of a model; `room` has the other fields of `CacheShape`, such as frames and rolling."""
     _, rows, columns = config.token_grid(config.patch_size[0], height, width)
     return CacheShape(
         batch=batch,
@@ -128,12 +128,12 @@ def cache_shape(config: WanConfig, batch: int, *, height: int, width: int, **roo
 
 
 def empty_runs(config: WanConfig, shape: CacheShape, *, apart: bool = False) -> tuple[Any, ...]:
-    """The caches of all runs of layers, without their lengths; `apart` says whether layers are."""
+    """Empty caches of all runs of layers, without lengths; `apart` for unrolled layers."""
     return tuple(empty_run(run, shape, apart=apart) for run in attention_runs(config.layer_attention))
 
 
 def split_heads[Tree](caches: Tree, heads: int) -> Tree:
-    """Keeps keys and values, [layers, B, ..., heads, head_dim], on the devices of their heads, where a mesh says so."""
+    """Splits keys and values, [layers, B, ..., heads, head_dim], along the heads and the batch, on a mesh."""
 
     def split(x: Array) -> Array:
         if x.ndim < 4 or x.shape[-2] != heads:
@@ -144,7 +144,7 @@ def split_heads[Tree](caches: Tree, heads: int) -> Tree:
 
 
 def bytes_on_each(cache: WanCache) -> int:
-    """Bytes of a cache on each device of the mesh that is set: `split_heads` splits keys and values, nothing more."""
+    """Bytes of a cache on each device of the current mesh, on which `split_heads` splits keys and values only."""
     heads, batch = cache.shape.heads, cache.shape.batch
 
     def split(x: Any) -> bool:
@@ -162,7 +162,10 @@ def cross_keys_values(
     *,
     layers: list[Any] | None = None,
 ) -> tuple[Any, ...]:
-    """What the cross-attention of every layer reads, `WanCache.cross`; differentiable by the model's parameters."""
+    """Keys and values of the cross-attention of every layer, as in `WanCache.cross`.
+
+    Arguments are as in `init_cache`. The result is differentiable in the model's parameters.
+    """
     context = model.embed_context(text, image)
     graph, state = model.split_blocks(apart=layers is not None)
 
@@ -173,7 +176,7 @@ def cross_keys_values(
 
 
 def empty_run(run: AttentionRun, shape: CacheShape, *, apart: bool = False) -> Any:
-    """The cache of some layers, as their kind makes it, without its length; or one of each, as `WanCache` says."""
+    """The empty cache of a run of layers, without its length, or one cache per layer; see `WanCache.runs`."""
 
     def of_layers(count: int) -> Any:
         cache = run.setting.init_cache(dataclasses.replace(shape, layers=count))
@@ -191,7 +194,7 @@ def _each(run: Any) -> tuple[Any, ...]:
 
 
 def _map_caches(change: Callable[[Any], Any], run: Any) -> Any:
-    """A run's cache or caches, each changed."""
+    """Applies a function to the cache or caches of a run of layers."""
     return tuple(map(change, run)) if isinstance(run, tuple) else change(run)
 
 
@@ -208,32 +211,32 @@ def cached_forward(
     layers: list[Any] | None = None,
     times: Times | None = None,
 ) -> tuple[Float[Array, "B F H W C_out"], WanCache]:
-    """Predicts the flow of a block of frames, which see each other and all cached frames.
+    """Predicts the flow of a block of frames that see each other and all cached frames, and caches the block.
 
-    Called again with the same `frame`, it overwrites the block in the cache, as every denoising step does, and finally
-    a call with the finished block at timestep 0 before the next block (Self-Forcing, Section 3). Shapes do not depend
-    on how full the cache is, so under `jit` with a traced `frame` it compiles once.
+    Another call with the same `frame` overwrites the block in the cache. Every denoising step does so, and finally a
+    call with the finished block at timestep 0 before the next block (Self-Forcing, Section 3). Shapes do not depend on
+    the fill level of the cache, so that under `jit` with a traced `frame` it compiles once.
 
     Args:
         model: The model that the cache was created for.
         latents: The block, channels last.
         timesteps: One per sample or one per frame.
         cache: From `init_cache` or an earlier call.
-        frame: Absolute index of the block's first frame; None: after the newest one. Traced frames past the capacity
-            of a cache that does not roll, or past the rotary table's 1024 positions, give NaN.
-        step: Number of the call within the sampler, from 0, traced or not, for attention that depends on it.
-        block: Number of the block of frames, from 0, likewise.
-        in_place: For generation, with the cache donated: every layer writes its block into the cache of all layers and
-            reads it there, without a copy. Gradients are correct but take the memory of whole caches.
-        layers: The state of each layer, instead of those stacked in the model (`unroll_layers`); in place only.
-        times: Result of `model.embed_times` for the timesteps, if known; one for all frames suffices.
+        frame: Absolute index of the block's first frame; None: the frame after the newest. Traced values past the
+            capacity of a cache that does not roll, or past the rotary table's 1024 positions, give NaN.
+        step: Index of the call within the sampler, which may be traced, for attention that depends on it.
+        block: Index of the block of frames, which may be traced, for attention that depends on it.
+        in_place: For generation with a donated cache: every layer writes its block into the cache of all layers and
+            reads it there, without a copy. Gradients are correct but need the memory of whole caches.
+        layers: The state of each layer, instead of those stacked in the model (`unroll_layers`); requires `in_place`.
+        times: Result of `model.embed_times` for the timesteps, if it was computed before; T may be 1.
 
     Returns:
         The flow, in float32 or wider, and the cache with this block as its newest.
 
     Raises:
-        ValueError: If shapes do not fit the model or the cache, a known `frame` is beyond its capacity, `layers` are
-            given without `in_place`, or only one of the cache and this call has `layers`.
+        ValueError: If shapes do not fit the model or the cache, a `frame` that is not traced is beyond its capacity,
+            `layers` are given without `in_place`, or only one of `init_cache` and this call got `layers`.
     """
     config = model.config
     if layers is not None and not in_place:
@@ -290,7 +293,7 @@ def cached_forward(
 
 
 def _layers_apart(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Array, Any]:
-    """x through layers that each take a copy of their keys and values out of the cache of all, [layers, B, ...]."""
+    """Runs a scan over layers that read a copy of their own cache; all blocks are written to the cache at the end."""
     stacked, length = dataclasses.replace(past, length=None), past.length
 
     def body(x, xs):
@@ -305,7 +308,7 @@ def _layers_apart(run_block, x, layers, past, run: AttentionRun, start, config) 
         x = run_block(x, layer, cross, attention)
         return x, tuple(written)
 
-    # Only the new block leaves the scan; all layers' caches are then written at once, in place if donated.
+    # the scan returns only the new block; the caches of all layers are then written at once, in place if donated
     x, new = jax.lax.scan(rematerialized(body, config), x, (layers, stacked, jnp.arange(run.start, run.stop)))
 
     def write(own, key, value):
@@ -316,7 +319,7 @@ def _layers_apart(run_block, x, layers, past, run: AttentionRun, start, config) 
 
 
 class _OfLayer:
-    """How one layer attends: it writes and reads where the cache of all lies, at a place in it."""
+    """The self-attention of one layer, which writes to and reads from the cache of all layers in place."""
 
     def __init__(self, cache: Any, at: Array, number: Array, *, run: AttentionRun, start: Any):
         self.cache, self._at, self._number, self._run, self._start = cache, at, number, run, start
@@ -325,24 +328,24 @@ class _OfLayer:
         return self.write(lambda cache, **where: (cache.append(key, value, **where), query), context)
 
     def write(self, write: Callable[..., tuple[Any, Array]], context: Context) -> Array:
-        """Attends with the queries of a function that writes the block."""
+        """Attends with the queries returned by `write`, which also writes the block into the cache."""
         self.cache, query = write(self.cache, frame=self._start, layer=self._at)
         where = dataclasses.replace(context, layer=self._run.start + self._number)
         return self._run.setting.attend_cache(self.cache, query, layer=self._at, context=where)
 
 
 def _through_one(run_block, x, past, at, number, layer, cross, *, run: AttentionRun, start) -> tuple[Any, Any]:
-    """Through one layer, which writes and reads where the cache of all lies."""
+    """Runs one layer, which writes to and reads from the cache of all layers in place."""
     attention = _OfLayer(past, at, number, run=run, start=start)
     x = run_block(x, layer, cross, attention)
     return x, dataclasses.replace(attention.cache, length=past.length)
 
 
 def _layers_in_place(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Array, Any]:
-    """The same through layers that write and read where the cache of all lies.
+    """Runs a scan over layers that write to and read from the cache of all layers in place.
 
-    The loop's own counter is the index, not an element of an array: XLA then hands a slice of the cache to a kernel as
-    an offset.
+    The index is the loop's own counter, not an element of an array: XLA can then pass a slice of the cache to a kernel
+    without a copy.
     """
 
     def body(carry, layer):
@@ -354,7 +357,7 @@ def _layers_in_place(run_block, x, layers, past, run: AttentionRun, start, confi
 
 
 def _layers_unrolled(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Any, Any]:
-    """The same through layers with arrays of their own, one after the other; traced and lowered once."""
+    """Runs unrolled layers one after the other, in place; a layer is traced and lowered once."""
     states, cross = layers
     through = jax.jit(partial(_through_one, run_block, run=run, start=start))
     caches = list(_each(past))
@@ -365,10 +368,10 @@ def _layers_unrolled(run_block, x, layers, past, run: AttentionRun, start, confi
 
 
 def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
-    """Restarts the frame numbers of a rolling cache `frames` later, so that a video can outgrow the rotary table.
+    """Reduces all frame indices of a rolling cache by `frames`, so that a video can exceed the rotary table's length.
 
-    Attention depends only on differences of positions, so the cached keys are rotated back by `frames` positions, each
-    in its slot; afterwards every frame index is smaller by `frames`. One program serves all values of `frames`.
+    Attention depends only on differences of positions, so the cached keys are rotated back by `frames` positions and
+    stay in their slots. One compiled program serves all values of `frames`.
 
     Examples:
         >>> from monarchrt.models.wan import WanModel, wan_config
@@ -379,15 +382,15 @@ def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
         6
 
     Args:
-        cache: A rolling cache in which at least `frames` more frames were written than it holds; it is donated.
-        frames: A multiple of the frames that roll, the capacity minus the sinks.
+        cache: A rolling cache to which at least `frames` more frames were written than its capacity; it is donated.
+        frames: A multiple of the capacity minus the sinks.
         head_dim: The model's channels per head.
 
     Returns:
         The cache.
 
     Raises:
-        ValueError: If the cache does not roll, or slots would not stay in place.
+        ValueError: If the cache does not roll, or `frames` is not such a multiple.
     """
     rolls = cache.shape.frames - cache.shape.sink_frames
     if not cache.shape.rolling or frames < 0 or frames % rolls:
@@ -396,7 +399,7 @@ def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
 
 
 def turn_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
-    """Moves all cached frames `frames` positions into the past, as if that many frames had followed them.
+    """Moves all cached frames `frames` positions into the past, as if this many frames had followed them.
 
     Args:
         cache: The cache, which is donated.
@@ -410,7 +413,7 @@ def turn_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
 
 
 def _turn(frames: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine that move a key by so many frames, [1, 1, head_dim/2] float32 on the host."""
+    """Cosine and sine that rotate a key by a number of frames, [1, 1, head_dim/2] float32 on the host."""
     width = axis_widths(head_dim)[0]
     cos, sin = axis_table(np.array([frames]), width)
     rest = ((0, 0), (0, head_dim // 2 - width // 2))
@@ -419,7 +422,7 @@ def _turn(frames: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 @partial(jax.jit, donate_argnames="cache")
 def _turned(cache: WanCache, cos: Array, sin: Array, frames: Int[Array, ""] | int) -> WanCache:
-    """The cache with its keys rotated, and its length less by `frames`."""
+    """The cache with its keys rotated and its length reduced by `frames`."""
 
     def turn(keys):
         return rotate(keys.reshape(-1, 1, 1, *keys.shape[-2:]), cos, sin).reshape(keys.shape)

@@ -16,7 +16,7 @@ from monarchrt.models.presets import from_preset
 MODEL_TYPES = ("t2v", "i2v")
 REMAT = ("none", "full", "attention", "dots", "cheap")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# of the sizes: far beyond use, and short of what takes minutes to find out; channels may be a patch of many pixels
+# limits of sizes: far above practical values, below those that fail only after minutes; channels may be whole patches
 _LARGEST = {
     "num_layers": 1000,
     **dict.fromkeys(("dim", "num_heads", "freq_dim", "text_dim", "text_len", "image_dim"), 2**17),
@@ -37,8 +37,8 @@ class WanConfig:
         monarch
 
     Attributes:
-        dim: Width D of the residual stream.
-        ffn_dim: Hidden width of the feed-forward layers.
+        dim: Channels D of the residual stream.
+        ffn_dim: Hidden channels of the feed-forward layers.
         num_heads: Attention heads n; D / n must be even.
         num_layers: Number of blocks.
         freq_dim: Width of the sinusoidal timestep embedding, even.
@@ -60,10 +60,10 @@ class WanConfig:
         remat: What the backward pass recomputes in each block: "none"; "full", everything, and large clips by groups
             of frames; "attention", everything but the outputs of attention kernels (Monarch and block-sparse; cuDNN's
             is recomputed); "dots", everything but products with weights; "cheap", norms, activations and rotary
-            embedding, keeping products with weights and the attention of kernels and cuDNN.
-        unroll_layers: Whether the layers are unrolled for whole clips instead of a loop over them. A loop first zeroes
-            what it keeps for the backward pass, and copies most of it; unrolled, the program takes several times as
-            long to compile. Generation with a cache has a separate `unroll_layers`.
+            embedding, but not products with weights or the attention of kernels and cuDNN.
+        unroll_layers: Whether to unroll the layers for whole clips rather than scan over them. A scan first zeroes its
+            residuals and copies most of them; the unrolled program takes several times as long to compile. Generation
+            with a cache has a separate `unroll_layers`.
 
     Raises:
         ValueError: If a size or a name is invalid.
@@ -117,7 +117,7 @@ class WanConfig:
         self._check_attention()
 
     def _check_attention(self) -> None:
-        """Raises ValueError unless each layer has a setting, which suits the causal blocks."""
+        """Raises ValueError unless each layer has a setting that is valid for the causal blocks."""
         settings = tuple(self.attention) if isinstance(self.attention, Sequence) else (self.attention,)
         for setting in settings:
             if not isinstance(setting, Attention):
@@ -128,7 +128,7 @@ class WanConfig:
             object.__setattr__(self, "attention", settings)
         else:
             self.attention.check_layers(self.num_layers)
-            if isinstance(self.attention, per_layer):  # one form for what is equal
+            if isinstance(self.attention, per_layer):  # equal settings get one form
                 object.__setattr__(self, "attention", self.attention.parts())
         for setting in set(self.layer_attention):
             setting.check(None, causal_block=self.causal_block)

@@ -1,4 +1,4 @@
-"""The Wan 2.1 diffusion transformer: latents, timesteps and text to a flow prediction."""
+"""The Wan 2.1 diffusion transformer, which predicts the flow from latents, timesteps and text."""
 
 import dataclasses
 import itertools
@@ -54,10 +54,10 @@ class CrossInputs(NamedTuple):
 
 
 class WanModel(nnx.Module):
-    """Wan 2.1 DiT (Wan technical report, Section 4); `blocks` holds all layers, stacked on a leading axis and scanned.
+    """The Wan 2.1 DiT (Wan technical report, Section 4), a scan over `blocks`, whose parameters are stacked by layer.
 
-    `config` contains the layers' attention; `with_attention` replaces it. Parameters of a kind of attention are in the
-    blocks, at `blocks.self_attn.kinds`.
+    `config` has the attention of the layers, which `with_attention` replaces. Parameters of attention kinds are at
+    `blocks.self_attn.kinds`.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -68,8 +68,8 @@ class WanModel(nnx.Module):
 
     Args:
         config: Sizes, attention and policy.
-        rngs: Its `params` stream initialises as the official code does: Xavier-uniform weights, zero biases, a zero
-            head.
+        rngs: Random keys; the parameters are initialised as in the official code: Xavier-uniform weights, zero biases,
+            and a zero head.
     """
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
@@ -91,7 +91,7 @@ class WanModel(nnx.Module):
 
         self.blocks = stack(rngs)
         self.head = Head(config, rngs=rngs)
-        if (modules := make_modules(config, rngs)) is not None:  # last, so that all else is the same for every kind
+        if (modules := make_modules(config, rngs)) is not None:  # last, so that other parameters do not depend on kinds
             setattr(self.blocks.self_attn, PLACE, modules)
 
     def __call__(
@@ -111,14 +111,14 @@ class WanModel(nnx.Module):
             text: Output of the text encoder, at most `text_len` rows; shorter is padded with zero rows, which are
                 attended to.
             image: Output of the image encoder, for i2v.
-            step: Number of the call within a sampler, traced or not, for attention that depends on it; or one per
+            step: Index of the call within a sampler, which may be traced, for attention that depends on it; or one per
                 sample or per frame of tokens.
 
         Returns:
             The flow, in float32 or wider.
 
         Raises:
-            ValueError: If a shape does not fit the configuration, or a tile the grid.
+            ValueError: If a shape does not match the configuration, or a tile does not fit the grid.
         """
         grid = self.check_latents(latents, timesteps, step)
         self.check_context(latents.shape[0], text, image)
@@ -134,7 +134,20 @@ class WanModel(nnx.Module):
         *,
         cached: bool = False,
     ) -> tuple[int, int, int]:
-        """Raises ValueError unless their shapes fit the configuration; returns the grid of tokens (F, h, w)."""
+        """Checks the shapes of inputs against the configuration.
+
+        Args:
+            latents: As in the call; only its shape is used.
+            timesteps: As in the call; only its shape is used.
+            step: As in the call.
+            cached: Whether the latents are a block over a cache rather than a whole clip.
+
+        Returns:
+            The grid of tokens (F, h, w).
+
+        Raises:
+            ValueError: If a shape does not match.
+        """
         config = self.config
         batch, *size, channels = latents.shape
         if channels != config.in_channels:
@@ -151,14 +164,14 @@ class WanModel(nnx.Module):
                 f"or ({batch}, {grid[0]}) for one per frame."
             )
         for setting in dict.fromkeys(config.layer_attention):
-            if cached:  # a block of frames, which is all the same to a mask of the clip
+            if cached:  # a block of frames: masks are those of the whole clip
                 setting.check_block(grid)
             else:
                 setting.check(grid, causal_block=config.causal_block)
         return grid
 
     def check_context(self, batch: int, text: Array, image: Array | None) -> None:
-        """Raises ValueError unless they fit the configuration and the batch."""
+        """Raises ValueError unless text and image match the configuration and the batch."""
         config = self.config
         if text.shape[0] != batch or text.shape[2] != config.text_dim:
             raise ValueError(f"text has shape {text.shape}, not ({batch}, rows, {config.text_dim}).")
@@ -175,15 +188,15 @@ class WanModel(nnx.Module):
     def embed_latents(
         self, latents: Array, timesteps: Array, times: Times | None = None, *, joined: bool = False
     ) -> Tokens:
-        """Tokens and the timestep embedding, unless `times` are that.
+        """Embeds latents and, unless `times` is given, timesteps.
 
-        With `joined` those of all frames are in one row, [B, 1, F*h*w, D].
+        With `joined`, the tokens of all frames are in one row, [B, 1, F*h*w, D].
         """
         per_frame = timesteps if timesteps.ndim == 2 else timesteps[:, None]
         time, projection = self.embed_times(per_frame) if times is None else times
 
         def arrange(patches: Array) -> Array:
-            if joined:  # all have the patches, so that no rows travel where they are filled up
+            if joined:  # every device has all patches, so that padding needs no exchange of rows
                 patches = whole_tokens(join_frames(patches))
                 return split_tokens(whole_tokens(pad(patches, padded(patches.shape[2]))))
             return split_tokens(pad(patches, padded(patches.shape[2])))
@@ -192,19 +205,19 @@ class WanModel(nnx.Module):
         return Tokens(split_tokens(x), *split_batch((time, projection)))
 
     def embed_times(self, timesteps: Real[Array, "B T"]) -> Times:
-        """The timestep embedding, and its projection."""
+        """The timestep embedding [B, T, D] and its projection [B, T, 6, D], in float32 or wider."""
         config = self.config
         time = whole(self.time_embedding)(sinusoid(timesteps, config.freq_dim))
 
         def project(time):
             return whole(self.time_projection)(jax.nn.silu(time))
 
-        # recomputed, or else its float32 weights are kept from the forward to the backward pass
+        # recomputed in the backward pass: otherwise its float32 weights would be kept until then
         project = project if config.remat == "none" else jax.checkpoint(project)
         return time, project(time).reshape(*time.shape[:2], 6, config.dim)
 
     def embed_context(self, text: Array, image: Array | None = None) -> CrossInputs:
-        """The text, zero-padded to `text_len` rows, and the image, at the model's width."""
+        """The embedded text, zero-padded to `text_len` rows, and the embedded image, each [B, rows, D]."""
         padded = jnp.pad(text, ((0, 0), (0, self.config.text_len - text.shape[1]), (0, 0)))
         text = whole(self.text_embedding, dtype=self.config.dtype)(padded)
         return split_batch(CrossInputs(text, None if image is None else whole(self.image_embedding)(image)))
@@ -221,9 +234,8 @@ class WanModel(nnx.Module):
     ) -> Array:
         """The residual stream after the first `layers` blocks (None: all), [B, F, h*w, D].
 
-        Layers of equal attention that follow each other are one scan, so that compile time does not grow with depth,
-        unless `config.unroll_layers`.
-        With `added`, the tokens that a mesh adds are in it.
+        Consecutive layers with equal attention are one scan, so that compile time does not grow with depth, unless
+        `config.unroll_layers`. With `added`, the result includes the padding tokens of a mesh.
         """
         config = self.config
         rope, per_frame = pad_rope(rope_table(grid, config.head_dim)), grid[1] * grid[2]
@@ -250,10 +262,10 @@ class WanModel(nnx.Module):
         return x if added else x[:, :, :per_frame]
 
     def split_blocks(self, *, apart: bool = False) -> tuple[nnx.GraphDef, Any]:
-        """Structure of a layer, and the state of all, stacked.
+        """The graph of a layer, and the stacked state of all layers.
 
         Raises:
-            ValueError: If there are none, since they were unrolled, and they are not known to be `apart`.
+            ValueError: If the layers were unrolled, unless `apart`.
         """
         graph, state = nnx.split(self.blocks)
         if not apart and not jax.tree.leaves(state)[0].shape[0]:
@@ -261,12 +273,12 @@ class WanModel(nnx.Module):
         return graph, state
 
     def run_head(self, x: Array, time: Array) -> Array:
-        """The head; with `remat` the gradients of its parameters come before those of the blocks."""
+        """Runs the head; with `remat`, gradients of its parameters are computed before those of the blocks."""
         head = whole(self.head)
         if self.config.remat == "none":
             return head(x, time)
         graph, state = nnx.split(head)
-        # a barrier in the backward pass too, where it holds back the gradient of x until all others are there
+        # also a barrier in the backward pass, where it delays the gradient of x until the others are computed
         state, x, time = jax.lax.optimization_barrier((state, x, time))
         return nnx.merge(graph, state)(x, time)
 
@@ -279,20 +291,21 @@ class WanModel(nnx.Module):
         *,
         layer: int,
     ) -> tuple[Float[Array, "B N n d"], Float[Array, "B N n d"], Float[Array, "B N n d"], tuple[int, int, int]]:
-        """Query, key and value of the self-attention of one layer, and the grid: for analysis and plots.
+        """Query, key and value of the self-attention of one layer, for analysis and plots.
 
         Args:
             latents: As in the call.
             timesteps: As in the call.
             text: As in the call.
             image: As in the call.
-            layer: 0 to num_layers - 1.
+            layer: Index of the layer, 0 to num_layers - 1.
 
         Returns:
-            query, key, value: [B, F*h*w, heads, head_dim], rotary embedding applied; and the grid (F, h, w).
+            Query, key and value, each [B, F*h*w, heads, head_dim] with the rotary embedding applied, and the grid
+            (F, h, w).
 
         Raises:
-            ValueError: As the call, and if `layer` does not exist.
+            ValueError: As in the call, or if the layer does not exist.
         """
         if not 0 <= layer < self.config.num_layers:
             raise ValueError(f"layer={layer} is not one of 0 to {self.config.num_layers - 1}.")
@@ -307,9 +320,9 @@ class WanModel(nnx.Module):
         return *block.self_attn.qkv(block.modulated(block.norm1, x, shift, scale), rope, per_frame), grid
 
     def unpatchify(self, patches: Array, grid: tuple[int, int, int]) -> Array:
-        """[B, F, h*w, pt*ph*pw*C] to latents [B, F*pt, h*ph, w*pw, C]; tokens that a mesh added are left out.
+        """Rearranges patches [B, F, h*w, pt*ph*pw*C] into latents [B, F*pt, h*ph, w*pw, C].
 
-        Tokens of all frames may be in one row.
+        Padding tokens of a mesh are dropped. The tokens of all frames may be in one row, as from `embed_latents`.
         """
         pt, ph, pw = self.config.patch_size
         if patches.shape[1] != grid[0]:
@@ -323,10 +336,10 @@ class WanModel(nnx.Module):
     def with_attention(
         self, attention: Attention | tuple[Attention, ...], *, rngs: nnx.Rngs | None = None
     ) -> "WanModel":
-        """The model with another attention and the same arrays; nothing is trained or copied.
+        """A model with another attention that shares this model's arrays.
 
-        Parameters of a kind are kept if the new attention has that kind too, with the same shapes. Parameters of its
-        other kinds are initialized, and those of kinds it does not have are dropped.
+        Parameters of a kind that is also in the new attention, with the same shapes, are kept. Parameters of its other
+        kinds are initialised, and those of kinds that are not in it are dropped.
 
         Examples:
             >>> from monarchrt.models.wan import MonarchAttention, wan_config
@@ -336,21 +349,21 @@ class WanModel(nnx.Module):
 
         Args:
             attention: One setting, or one per layer.
-            rngs: Keys for initialized parameters; None: seed 0.
+            rngs: Random keys for initialised parameters; None: seed 0.
 
         Returns:
-            A new model; `self` keeps its setting.
+            A new model; `self` does not change.
 
         Raises:
-            ValueError: As `WanConfig`.
+            ValueError: As in `WanConfig`.
         """
         return self.with_config(attention=attention, rngs=rngs)
 
     def with_config(self, *, rngs: nnx.Rngs | None = None, **changes) -> "WanModel":
-        """The model with another `attention` (see `with_attention`), `causal_block`, `remat` or `unroll_layers`.
+        """A model with another `attention` (see `with_attention`), `causal_block`, `remat` or `unroll_layers`.
 
         Raises:
-            ValueError: If a change would need other layers.
+            ValueError: If another field is given, which would change the parameters, or a value is invalid.
         """
         allowed = ("attention", "causal_block", "independent_first_frame", "remat", "unroll_layers")
         for name in changes:
@@ -365,21 +378,21 @@ class WanModel(nnx.Module):
 
 
 class AttentionRun(NamedTuple):
-    """Layers start to stop, which follow each other and have the same attention."""
+    """Consecutive layers, from `start` to before `stop`, with the same attention."""
 
     setting: Attention
     start: int
     stop: int
 
     def of(self, stacked, num_layers: int):
-        """These layers of a tree stacked over all layers; the tree itself if they are all."""
+        """The slices of these layers from a tree that is stacked over all layers; the tree itself if they are all."""
         if (self.start, self.stop) == (0, num_layers):
             return stacked
         return jax.tree.map(lambda leaf: leaf[self.start : self.stop], stacked)
 
 
 def attention_runs(settings: Sequence[Attention]) -> list[AttentionRun]:
-    """Groups layers of equal attention that follow each other.
+    """Groups consecutive layers with equal attention.
 
     Examples:
         >>> from monarchrt.models.attention.notation import parse
@@ -397,7 +410,7 @@ def attention_runs(settings: Sequence[Attention]) -> list[AttentionRun]:
 def attend_clip(
     config: WanConfig, setting: Attention, query: Array, key: Array, value: Array, *, grid: Grid, context: Context
 ) -> Array:
-    """Self-attention of a whole clip, in the causal blocks of the model if it has any."""
+    """Self-attention of a whole clip, with the causal blocks of the model if it is causal."""
     if config.causal_block is None or not config.independent_first_frame:
         return setting(query, key, value, grid=grid, causal_block=config.causal_block, context=context)
     sizes = config.block_sizes(grid[0])
@@ -405,9 +418,9 @@ def attend_clip(
 
 
 def whole_layer(layer: Any, config: WanConfig) -> Any:
-    """The parameters of a layer, gathered where the mesh splits them: at the entry of the block, before its loops."""
+    """The parameters of a layer, gathered on a mesh that splits them: at the entry of the block, before its loops."""
     own = [(path, leaf) for path, leaf in nnx.to_flat_state(layer)]
-    made = [PLACE in path for path, _ in own]  # kinds may compute theirs in another dtype
+    made = [PLACE in path for path, _ in own]  # attention kinds may compute in another dtype
     return nnx.from_flat_state(
         [
             (path, whole(leaf, dtype=None if kind else config.dtype))
@@ -417,7 +430,7 @@ def whole_layer(layer: Any, config: WanConfig) -> Any:
 
 
 def through_layers(body, config: WanConfig, x: Array, stacked: Any) -> Array:
-    """The residual stream after stacked layers, each (x, layer) -> (x, None) by `body`, in a loop or unrolled."""
+    """The residual stream after stacked layers, in a scan or unrolled; `body` is (x, layer) -> (x, None)."""
     if stacks_written.on and config.remat == STACKED and not config.unroll_layers:
         return through_stacks(rematerialized(body, config), x, stacked)
     if not config.unroll_layers:
@@ -429,7 +442,7 @@ def through_layers(body, config: WanConfig, x: Array, stacked: Any) -> Array:
 
 
 def apart(stacked: Any) -> list[Any]:
-    """The trees of arrays that are stacked in the arrays of a tree; their gradients are stacked once, all at the end.
+    """Splits stacked arrays into a list of trees, one per layer; their gradients are stacked once, at the end.
 
     Examples:
         >>> [int(x) for x in apart(jnp.arange(3))]
@@ -448,16 +461,16 @@ def apart(stacked: Any) -> list[Any]:
 
 
 def rematerialized(body, config: WanConfig):
-    """The body of a scan over layers, recomputed in the backward pass as `config.remat` says."""
-    how: Any = dict(prevent_cse=config.unroll_layers)  # in a loop nothing is the same as in the other
+    """The body of a scan over layers, recomputed in the backward pass according to `config.remat`."""
+    how: Any = dict(prevent_cse=config.unroll_layers)  # the passes of a scan are separate loops: CSE cannot undo remat
     if config.remat == "none":
-        # of gathered weights nothing is kept for the backward pass, which gathers them again
+        # gathered weights are not kept for the backward pass, which gathers them again
         return jax.checkpoint(body, policy=no_whole_weights, **how) if splits_weights() else body
     return jax.checkpoint(body, policy=POLICIES[config.remat], **how)
 
 
 def count_parameters(model: WanModel | WanConfig) -> int:
-    """Number of parameters, without allocating any for a configuration.
+    """Number of parameters; for a configuration, nothing is allocated.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config

@@ -1,4 +1,4 @@
-"""Products with weights in FP8 (e4m3), for generation with a network that is not trained any more."""
+"""Matrix products with weights in FP8 (e4m3), for inference."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ from monarchrt.models.broadcasting import along_last
 from monarchrt.models.wan.dit import WanModel
 from monarchrt.models.wan.layers import MLP
 
-CAPABILITY = 8.9  # of NVIDIA GPUs that multiply e4m3
-WIDE = 2048  # channels from which a product repays that its input is rounded for it alone
-SMALLEST = 2.0**-100  # of a scale: a row of zeros stays zeros
+CAPABILITY = 8.9  # least compute capability with products of e4m3
+WIDE = 2048  # least channels for which a product is worth rounding its input for it alone
+SMALLEST = 2.0**-100  # least scale, so that rows of zeros stay zeros
 
 
 def rounded(x: Float[Array, "*batch D"]) -> tuple[Float8e4m3fn[Array, "*batch D"], Float32[Array, "*batch"]]:
-    """Numbers in e4m3 and the scale of each row, its largest number over the largest of e4m3.
+    """Rounds to e4m3 with one scale per row, the row's largest magnitude over the largest e4m3.
 
     Examples:
         >>> eights, scale = rounded(jnp.array([[1.0, -896.0]]))
@@ -24,10 +24,10 @@ def rounded(x: Float[Array, "*batch D"]) -> tuple[Float8e4m3fn[Array, "*batch D"
         [[1.0, -896.0]]
 
     Args:
-        x: Of any float type; NaN stays NaN, and infinity makes its row NaN.
+        x: [..., D] of any float dtype; NaN stays NaN, and infinity makes its row NaN.
 
     Returns:
-        x over the scale, rounded to nearest, and the scale.
+        `x` divided by the scale and rounded to nearest, and the scale [...].
     """
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1) / LARGEST, SMALLEST)
@@ -35,15 +35,15 @@ def rounded(x: Float[Array, "*batch D"]) -> tuple[Float8e4m3fn[Array, "*batch D"
 
 
 class FP8Linear(nnx.Module):
-    """A dense layer whose weights are e4m3 with a scale for each output; its input is rounded row by row.
+    """A dense layer with weights in e4m3 and one scale per output; its input is rounded row by row.
 
-    Sums are of float32, and the result is rounded once more to the dtype before both scales, as the product's library
-    returns it, so that nothing of float32 is written. Inference only: rounding has no gradient.
+    Sums are in float32. The product is rounded to the dtype before it is scaled, as the library returns it, so that no
+    float32 array is written. For inference only: rounding has no gradient.
 
     Attributes:
         kernel: [*layers, out, in], e4m3.
         scale: [*layers, out], float32.
-        bias: [*layers, out], as it was.
+        bias: [*layers, out], in its original dtype.
         dtype: Dtype of the result.
     """
 
@@ -63,7 +63,7 @@ class FP8Linear(nnx.Module):
     def of_rounded(
         self, eights: Float8e4m3fn[Array, "*batch D_in"], rows: Float32[Array, "*batch"]
     ) -> Float32[Array, "*batch D_out"]:
-        """The same of an input that was rounded, in float32."""
+        """The layer's float32 output for an input that was rounded before, and its scales."""
         sums = jax.lax.dot_general(
             eights, self.kernel[...], (((eights.ndim - 1,), (1,)), ((), ())), preferred_element_type=self.dtype
         )
@@ -79,16 +79,16 @@ def _largest(kernel: Float[Array, "*layers D_in D_out"], bias: Float[Array, "*la
 
 
 class FP8FeedForward(nnx.Module):
-    """A feed-forward network of two such layers whose hidden layer is rounded as it is made.
+    """A feed-forward network of two `FP8Linear` layers that rounds the hidden layer as it is computed.
 
-    A row's scale is not that of its largest number, which is known only when all are there: with a bound, the hidden
-    layer is written once, in 8 bits. e4m3 is a float: a bound that is ten times too large costs none of its digits, but
-    of its smallest numbers.
+    The scale of a hidden row is an upper bound of its magnitudes, since the maximum is known only after the whole row:
+    with a bound, the hidden layer is written once, in 8 bits. As e4m3 is a floating-point format, a bound that is ten
+    times too large reduces the range of small numbers but not the precision of the others.
 
     Attributes:
         fc1, fc2: The layers.
-        largest: [*layers, 2], the largest norm of a column of fc1's weights and the largest of its biases: with the
-            norm of an input they bound what comes of it, by Cauchy and Schwarz.
+        largest: [*layers, 2], the largest column norm of fc1's weights and the largest magnitude of its biases, which
+            with the norm of an input bound the hidden layer by the Cauchy-Schwarz inequality.
     """
 
     def __init__(self, ffn: MLP):
@@ -99,17 +99,17 @@ class FP8FeedForward(nnx.Module):
         """fc2(act(fc1(x)))."""
         norms, bias = self.largest[...]
         lengths = jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1))
-        # rounding lengthens a row and a column by a sixteenth each at most; activations are no larger than their inputs
+        # rounding increases norms of rows and columns by a sixteenth at most; activations do not exceed their inputs
         scale = jnp.maximum((1.2 * lengths * norms + bias) / LARGEST, SMALLEST)
         hidden = self.act(self.fc1.of_rounded(*rounded(x)))
         return self.fc2.of_rounded((hidden / scale[..., None]).astype(jnp.float8_e4m3fn), scale).astype(self.fc2.dtype)
 
 
 def fp8_products(model: WanModel) -> WanModel:
-    """The model with its blocks' large products in FP8: query, key, value and both of the feed-forward.
+    """Converts the large matrix products of a model's blocks to FP8: query, key, value and the feed-forward layers.
 
-    Where the network has 2048 channels or more, also the attention's output and the cross-attention's query and output.
-    Text, time, patches and the head keep their types, and so does everything that is no product with weights.
+    With 2048 channels or more, also the output projection of the attention, and query and output of the
+    cross-attention. Embeddings, the head and everything that is not a product with weights keep their dtypes.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -118,14 +118,14 @@ def fp8_products(model: WanModel) -> WanModel:
         'float8_e4m3fn'
 
     Args:
-        model: It is left as it is.
+        model: The model; it does not change.
 
     Returns:
-        A new one, which shares the other arrays; its new weights take one byte each.
+        A new model that shares the other arrays; the new weights take one byte each.
     """
     model = nnx.merge(*nnx.split(model))
     blocks = model.blocks
-    if isinstance(blocks.ffn, FP8FeedForward):  # they are already
+    if isinstance(blocks.ffn, FP8FeedForward):  # already converted
         return model
     layers = [(blocks.self_attn, "qkvo"), (blocks.cross_attn, "qo")]
     for module, names in layers if model.config.dim >= WIDE else [(blocks.self_attn, "qkv")]:

@@ -1,4 +1,4 @@
-"""A layer for generation whose query, key and value are one product, and whose other passes are few (`passes`)."""
+"""Layers for generation: one product for query, key and value, and fused passes between products (`passes`)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from monarchrt.models.wan.passes import gated_norm, norm_rotate_write
 
 
 class JoinedAttention(SelfAttention):
-    """Self-attention whose queries, keys and values are one product; no one's weights are copied for it in a call."""
+    """Self-attention that computes queries, keys and values in one product, with weights concatenated in advance."""
 
     def __init__(self, attention: SelfAttention, join: Callable[..., Array] = lambda *x: jnp.concatenate(x, axis=-1)):
         self.num_heads = attention.num_heads
@@ -37,7 +37,7 @@ class JoinedAttention(SelfAttention):
 
 
 def joined_block(block: WanBlock, join: Callable[..., Array]) -> WanBlock:
-    """The block with query, key and value as one product, if these are products of plain weights."""
+    """Joins query, key and value of a block into one product, if they are plain dense layers with biases."""
     attention = block.self_attn
     linears = [getattr(attention, name, None) for name in "qkv"]
     if all(type(linear) is nnx.Linear and linear.bias is not None for linear in linears):
@@ -46,15 +46,15 @@ def joined_block(block: WanBlock, join: Callable[..., Array]) -> WanBlock:
 
 
 class Pending(NamedTuple):
-    """A residual stream, and what is still to be added to it."""
+    """A residual stream with a branch that has not been added to it yet."""
 
     x: Array  # [B, F, S, D]
-    y: Array | None = None  # as x
-    table: Array | None = None  # [1, 6, D], modulations of the layer that made y, whose gate is the last
+    y: Array | None = None  # [B, F, S, D], output of the branch
+    table: Array | None = None  # [1, 6, D], modulation table of the layer that computed y; its last row is the gate
 
 
 def settled(pending: Pending, time: Float[Array, "B T 6 D"]) -> Float[Array, "B F S D"]:
-    """The residual stream."""
+    """The residual stream after adding the pending branch."""
     x, y, table = pending
     if y is None or table is None:
         return x
@@ -63,9 +63,9 @@ def settled(pending: Pending, time: Float[Array, "B T 6 D"]) -> Float[Array, "B 
 
 
 def fuses(block: WanBlock, cache: Any) -> bool:
-    """Whether a layer with this cache goes by `fused_block`: keys and values lie in the order of tokens, on one device.
+    """Whether `fused_block` supports a layer with this cache: stored in token order, on one device.
 
-    Frames are then whole groups of rows, so that a row's place is known from its token's.
+    Frames are then contiguous groups of rows, so that the row of a token follows from its index.
     """
     if block.passes is None or parts("heads", block.self_attn.num_heads) > 1 or parts("tokens", 0) > 1:
         return False
@@ -79,7 +79,7 @@ def fused_block(
     keys_values: Any,
     attend: Callable[[Array, Array], Array],
 ) -> Pending:
-    """One block, as `WanBlock` says.
+    """Computes a block as `WanBlock` does, with fused passes between its products.
 
     Args:
         block: The layer.
@@ -115,7 +115,7 @@ def write_products(
     frame: Int[Array, ""],
     layer: Int[Array, ""],
 ) -> tuple[MonarchKVCache, Float[Array, "B N n d"]]:
-    """Queries, and the cache with a layer's keys and values of what is normalised."""
+    """Projects the normalised input to queries, and writes a layer's keys and values into the cache."""
     attention, batch, tokens = block.self_attn, normed.shape[0], normed.shape[1] * normed.shape[2]
     projections = [(array.reshape(batch, tokens, -1), column) for array, column in attention.products(normed)]
     tables = rope[0].reshape(tokens, -1), rope[1].reshape(tokens, -1)

@@ -1,4 +1,4 @@
-"""What kinds of attention own in a Wan model: parameters in its blocks, stacked over the layers like all others."""
+"""Parameters of attention kinds in a Wan model, which are in its blocks, stacked over layers."""
 
 import dataclasses
 import functools
@@ -15,15 +15,15 @@ type Path = tuple[str, ...]
 
 
 def modules_of(block: Any) -> dict[str, Any]:
-    """The kinds' modules in a block, by name."""
+    """The modules of attention kinds in a block, by name of the kind."""
     own = getattr(block.self_attn, PLACE, None)
     return {} if own is None else dict(own.items())
 
 
 def make_modules(config: WanConfig, rngs: nnx.Rngs) -> Any:
-    """An `nnx.Dict` of the modules of all kinds in the attention of `config`, layers stacked; None if there are none.
+    """Creates the modules of all kinds in the attention of `config`, an `nnx.Dict` stacked over layers, or None.
 
-    A kind has one module, however many settings of it there are: `first_steps(1, kind(...), kind(...))` share theirs.
+    All settings of a kind share one module, as in `first_steps(1, kind(...), kind(...))`.
 
     Raises:
         ValueError: If two settings of a kind need parameters of different shapes.
@@ -51,7 +51,7 @@ def make_modules(config: WanConfig, rngs: nnx.Rngs) -> Any:
 
 
 def own_shapes(config: WanConfig) -> dict[Path, tuple[int, ...]]:
-    """Shapes of the kinds' parameters by path in the model, layers stacked; nothing is allocated."""
+    """Shapes of the parameters of attention kinds, stacked over layers, by path in the model; allocates nothing."""
     shapes = {}
     for layer in config.layer_attention:
         for leaf in leaves(layer):
@@ -73,14 +73,14 @@ def _shapes_of(setting: Attention, config: WanConfig) -> dict[Path, tuple[int, .
 
 
 def with_modules(model: Any, config: WanConfig, rngs: nnx.Rngs | None) -> None:
-    """Gives a model the modules that the attention of `config` needs: those it has are kept if their shapes fit.
+    """Gives a model the modules that the attention of `config` needs, in place.
 
-    Others are initialised, by default with seed 0; those of kinds that are not in the attention are dropped.
+    Modules that it has are kept if their shapes match; others are initialised; those of other kinds are removed.
 
     Args:
-        model: Whose blocks are changed.
-        config: With the attention to come.
-        rngs: For what is initialised.
+        model: The model, whose blocks are changed.
+        config: Configuration with the new attention.
+        rngs: Random keys for initialisation; None: seed 0.
     """
     attention = model.blocks.self_attn
     present = modules_of(model.blocks)

@@ -1,4 +1,4 @@
-"""The parts of a Wan block: norms, projections, embeddings. Attribute names are the official checkpoint's."""
+"""Layers of Wan: norms, projections, embeddings, blocks. Attribute names are those of the official checkpoint."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +26,7 @@ xavier = nnx.initializers.xavier_uniform()
 small_normal = nnx.initializers.normal(0.02)
 type Attend = Callable[[Array, Array, Array], Array]
 type Modulation = Float[Array, "B T 1 D"]
-HIDDEN_BYTES = 128 * 2**20  # of the feed-forward's hidden layer at a time, where a block is recomputed in parts
+HIDDEN_BYTES = 128 * 2**20  # limit on a group's hidden layer of the feed-forward, if a block is recomputed in groups
 
 
 def linear(config: WanConfig, features: int, out: int, *, rngs: nnx.Rngs, init=xavier, precise: bool = False):
@@ -38,16 +38,16 @@ def linear(config: WanConfig, features: int, out: int, *, rngs: nnx.Rngs, init=x
         kernel_init=init,
         dtype=dtype,
         param_dtype=jnp.dtype(config.param_dtype),
-        precision="highest" if precise else None,  # a GPU's default for float32 has ten bits, TF32
+        precision="highest" if precise else None,  # the default on GPUs is TF32, with ten bits of mantissa
         rngs=rngs,
     )
 
 
 def computed_dtype[M: nnx.Module](model: M) -> M:
-    """The model with kernels and biases in the dtype that its dense layers compute in.
+    """Casts kernels and biases of dense layers to the dtype in which they compute.
 
-    A loop that calls it rounds float32 parameters once, and not in every turn. Its results are the same numbers; its
-    parameters are for reading, not for training.
+    A loop that calls the model then casts float32 parameters once rather than in every iteration. Results are
+    identical. The parameters are for inference, not for training.
 
     Examples:
         >>> layer = nnx.Linear(2, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -55,10 +55,10 @@ def computed_dtype[M: nnx.Module](model: M) -> M:
         ('float32', 'bfloat16')
 
     Args:
-        model: It is left as it is.
+        model: The model; it does not change.
 
     Returns:
-        A copy; what is no dense layer's is shared.
+        A copy that shares the arrays of all other layers.
     """
     dtypes: dict[tuple[Any, ...], Any] = {
         (*path, name): module.dtype
@@ -75,7 +75,7 @@ def computed_dtype[M: nnx.Module](model: M) -> M:
 
 
 def layer_norm(config: WanConfig, width: int, *, affine: bool, rngs: nnx.Rngs, eps: float | None = None):
-    """LayerNorm that computes and returns float32 or wider, with two-pass variance."""
+    """A LayerNorm that computes in and returns float32 or wider, with two-pass variance."""
     return nnx.LayerNorm(
         width,
         epsilon=config.eps if eps is None else eps,
@@ -89,7 +89,7 @@ def layer_norm(config: WanConfig, width: int, *, affine: bool, rngs: nnx.Rngs, e
 
 
 class RMSNorm(nnx.Module):
-    """RMS normalisation over all heads at once; rounds to the input's dtype before the weight, as Wan does."""
+    """RMSNorm over the channels of all heads; rounds to the input's dtype before the weight, as Wan does."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         self.eps = config.eps
@@ -117,7 +117,7 @@ gelu_exact = partial(jax.nn.gelu, approximate=False)
 
 
 class SelfAttention(nnx.Module):
-    """Queries, keys and values of a block with full-width RMSNorm and rotary embedding; how they meet is passed in."""
+    """Projections of the self-attention, with RMSNorm over all heads and rotary embedding; attention is passed in."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
@@ -125,13 +125,16 @@ class SelfAttention(nnx.Module):
         self.norm_q, self.norm_k = RMSNorm(config, rngs=rngs), RMSNorm(config, rngs=rngs)
 
     def products(self, x: Float[Array, "B F T D"]) -> tuple[tuple[Array, int], ...]:
-        """Arrays that query, key and value are columns of, and where these begin."""
+        """Query, key and value, each as an array of which it is D columns and the index of the first of these."""
         return tuple((kept(linear(x)), 0) for linear in (self.q, self.k, self.v))
 
     def qkv(
         self, x: Float[Array, "B F T D"], rope: tuple[Array, Array], tokens: int
     ) -> tuple[Float[Array, "B N n d"], Float[Array, "B N n d"], Float[Array, "B N n d"]]:
-        """Rotated queries and keys, and values, of so many tokens of a frame, flattened; on a mesh, split by heads."""
+        """Rotated queries and keys, and values, flattened over frames and the first `tokens` of each.
+
+        On a mesh they are split by heads.
+        """
         split = partial(rearrange, pattern="b f s (n d) -> b f s n d", n=self.num_heads)
         query, key, value = (y[..., at : at + x.shape[-1]] for y, at in self.products(x))
         query, key, value = (
@@ -139,7 +142,7 @@ class SelfAttention(nnx.Module):
             rotate(split(self.norm_k(key)), *rope),
             split(value),
         )
-        if parts("heads", self.num_heads) == 1:  # nothing travels, and putting them together would copy
+        if parts("heads", self.num_heads) == 1:  # no exchange is needed, for which they would be concatenated
             own = (y[:, :, :tokens] for y in (query, key, value))
             query, key, value = (rearrange(y, "b f s n d -> b (f s) n d") for y in own)
             return query, key, value
@@ -147,7 +150,7 @@ class SelfAttention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Tokens attend to the text, padding included, and in i2v to the image with the same queries; no positions."""
+    """Cross-attention to the text, padding included, and in i2v to the image with the same queries; no positions."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
@@ -170,33 +173,33 @@ class CrossAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B F S D"], keys_values: tuple[tuple[Array, Array], ...]
     ) -> Float[Array, "B F S D"]:
-        """The sum of one attention for each source of keys and values."""
+        """The sum of the attention to text and image, projected."""
         return kept(self.o(self.attended(x, keys_values)))
 
     def attended(
         self, x: Float[Array, "B F S D"], keys_values: tuple[tuple[Array, Array], ...]
     ) -> Float[Array, "B F S D"]:
-        """The same, before the last projection."""
+        """The sum of the attention to text and image, before the output projection."""
         query = self.norm_q(kept(self.q(x)))
-        if parts("tokens", x.shape[2]) > 1:  # each device attends for its own tokens, to all heads
+        if parts("tokens", x.shape[2]) > 1:  # each device attends for its own tokens, with all heads
             tokens, whole = ("batch", None, "tokens", None), ("batch", None, None, None)
             return on_each_device(self.attend, None, (query, keys_values), (tokens, whole))
         return self.attend(None, query, keys_values)
 
     def attend(self, _: None, query: Float[Array, "B F S D"], keys_values: tuple[tuple[Array, Array], ...]) -> Array:
-        """The sum of one attention for each source, [B, F, S, D]."""
+        """The sum of the attention to text and image, [B, F, S, D], for normalised queries."""
         own = rearrange(query, "b f s (n d) -> b (f s) n d", n=self.num_heads)
         out = [softmax_attention(own, key, value) for key, value in keys_values]
         return sum(out[1:], start=out[0]).reshape(query.shape)
 
 
 class WanBlock(nnx.Module):
-    """Self-attention, cross-attention and feed-forward; the timestep modulates the first and the last."""
+    """Self-attention, cross-attention and feed-forward; the timestep modulates self-attention and feed-forward."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         dim = config.dim
         self.dtype = jnp.dtype(config.dtype)
-        self.passes: Passes | None = None  # as `unroll_layers` says
+        self.passes: Passes | None = None  # set by `unroll_layers`
         self.modulation = nnx.Param(modulation_table(config, 6, rngs))
         self.norm1 = layer_norm(config, dim, affine=False, rngs=rngs)
         self.self_attn = SelfAttention(config, rngs=rngs)
@@ -211,16 +214,16 @@ class WanBlock(nnx.Module):
         return [table[:, :, None, i] for i in range(6)]
 
     def modulated(self, norm, x: Array, shift: Array, scale: Array) -> Array:
-        """norm(x) * (1 + scale) + shift, formed in float32 or wider."""
+        """norm(x) * (1 + scale) + shift, computed in float32 or wider."""
         return (norm(x) * (1 + scale) + shift).astype(self.dtype)
 
     def attention_inputs(self, x: Float[Array, "B F S D"], time: Float[Array, "B T 6 D"]) -> Float[Array, "B N D"]:
-        """What queries, keys and values are projections of, over the flattened tokens; for attention with a gate."""
+        """The input of the projections to queries, keys and values, tokens flattened; for attention with a gate."""
         shift, scale = self.modulations(time)[:2]
         return rearrange(self.modulated(self.norm1, x, shift, scale), "b f s d -> b (f s) d")
 
     def gated(self, x: Array, y: Array, gate: Array | None) -> Array:
-        """x + y * gate, formed in float32 or wider; None: it is in y."""
+        """x + y * gate, computed in float32 or wider; None if y already includes the gate."""
         if gate is None:
             return x + y
         return (x.astype(gate.dtype) + y.astype(gate.dtype) * gate).astype(self.dtype)
@@ -236,17 +239,17 @@ class WanBlock(nnx.Module):
         tokens: int | None = None,
         recompute: bool = False,
     ) -> Float[Array, "B F S D"]:
-        """One block.
+        """Computes the block.
 
         Args:
-            x: Residual stream by frame, its tokens as many as `padded` says.
+            x: Residual stream by frame, with `padded` tokens per frame.
             time: Projected timestep embedding, T = F or 1.
             rope: Cosines and sines of the tokens.
             keys_values: Keys and values of the cross-attention, as its `keys_values` gives them.
-            attend: (query, key, value) -> output over the flattened tokens, without those that are added.
+            attend: (query, key, value) -> output, over the flattened tokens without padding.
             tokens: Tokens of a frame without padding; None if there is no padding.
-            recompute: Whether the backward pass is short of memory. If the feed-forward's hidden layer is larger than
-                `HIDDEN_BYTES`, all that follows the self-attention then goes by groups of frames.
+            recompute: Whether to save memory in the backward pass: if the feed-forward's hidden layer is larger than
+                `HIDDEN_BYTES`, everything after the self-attention is computed by groups of frames.
 
         Returns:
             The residual stream.
@@ -259,7 +262,7 @@ class WanBlock(nnx.Module):
                 self.modulated(self.norm1, x, shift, scale), rope, x.shape[2] if tokens is None else tokens
             )
 
-        if groups > 1:  # what follows the products is formed again after the attention's gradient, not kept through it
+        if groups > 1:  # norms and rotation are recomputed after the attention's gradient rather than kept during it
             project = jax.checkpoint(project, policy=PRODUCTS)
         out = heads_to_tokens(attend(*project(x, shift, scale)), *x.shape[1:3])
         if groups > 1:
@@ -273,13 +276,13 @@ class WanBlock(nnx.Module):
         modulations: Sequence[Any],
         keys_values: tuple[tuple[Array, Array], ...],
     ) -> Float[Array, "B F S D"]:
-        """The rest of the block, each token for itself: projection and gate, cross-attention, feed-forward.
+        """The rest of the block, which is independent per token: output projection, cross-attention, feed-forward.
 
         Args:
             x: Residual stream that entered the block.
             out: Output of the self-attention.
-            modulations: Gate of the self-attention; shift, scale and gate of the feed-forward. A gate that is None
-                is in the weights.
+            modulations: Gate of the self-attention; shift, scale and gate of the feed-forward. A gate is None if it was
+                multiplied into weights.
             keys_values: Keys and values of the cross-attention.
 
         Returns:
@@ -297,10 +300,10 @@ class WanBlock(nnx.Module):
         return self.gated(x, y, gate2)
 
     def gates_in_weights(self, modulations: Sequence[Modulation]) -> list[Any]:
-        """Modulations as `after_attention` takes them, without the gates that dense layers before them could take.
+        """Multiplies gates into the preceding dense layers where possible, and returns the remaining modulations.
 
-        One gate for all tokens is that of the weights' columns. The gate's gradient is then made of the weights', and
-        the backward pass need not compute the feed-forward's last product again, which nothing else reads.
+        A gate shared by all tokens scales the columns of the weights. Its gradient then follows from that of the
+        weights, and the backward pass need not recompute the feed-forward's last product, which only the gate uses.
         """
         gate1, shift, scale, gate2 = modulations
         if type(self.self_attn.o) is nnx.Linear:
@@ -310,9 +313,9 @@ class WanBlock(nnx.Module):
         return [gate1, shift, scale, gate2]
 
     def after_attention_by_groups(self, x, out, modulations, keys_values, groups: int):
-        """`after_attention` for one group of frames after the other, each recomputed in its backward pass.
+        """`after_attention` for one group of frames at a time, each recomputed in the backward pass.
 
-        Nothing is recomputed twice: where the whole block is recomputed, its output is not needed.
+        Nothing is computed three times: if the whole block is recomputed, its output is not needed.
         """
 
         graph, weights = nnx.split(self)
@@ -340,7 +343,7 @@ class WanBlock(nnx.Module):
 
 
 def with_gate(linear: nnx.Linear, gate: Modulation) -> nnx.Linear:
-    """A dense layer whose output is multiplied by the one gate that there is.
+    """A dense layer whose output is multiplied by a gate that is the same for all tokens.
 
     Examples:
         >>> layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -353,7 +356,7 @@ def with_gate(linear: nnx.Linear, gate: Modulation) -> nnx.Linear:
 
 
 def frame_groups(shape: tuple[int, ...], hidden: int, dtype: jnp.dtype) -> int:
-    """Groups of frames, as few as keep a group's hidden layer within `HIDDEN_BYTES`, or one for each frame.
+    """Least number of groups of frames whose hidden layers fit in `HIDDEN_BYTES`, or the number of frames.
 
     Examples:
         >>> frame_groups((1, 21, 30 * 52, 1536), 8960, jnp.dtype("bfloat16"))
@@ -362,13 +365,13 @@ def frame_groups(shape: tuple[int, ...], hidden: int, dtype: jnp.dtype) -> int:
         1
     """
     batch, frames, tokens, _ = shape
-    batch, tokens = batch // parts("batch", batch), tokens // parts("tokens", tokens)  # of one device
+    batch, tokens = batch // parts("batch", batch), tokens // parts("tokens", tokens)  # on one device
     size = batch * frames * tokens * hidden * dtype.itemsize
     return next((n for n in range(1, frames) if frames % n == 0 and size <= n * HIDDEN_BYTES), frames)
 
 
 class PatchEmbedding(nnx.Module):
-    """A convolution with stride equal to its kernel, done as one product over patches."""
+    """A convolution with stride equal to its kernel, computed as one matrix product over patches."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(config.dtype)
@@ -381,7 +384,7 @@ class PatchEmbedding(nnx.Module):
     def __call__(
         self, latents: Float[Array, "B F H W C"], arrange: Callable[[Array], Array] = lambda patches: patches
     ) -> Float[Array, "B f S D"]:
-        """Tokens by frame, rows before columns; the product is of patches [B, f, S, P] as `arrange` puts them."""
+        """Tokens by frame, in row-major order; `arrange` is applied to the patches [B, f, S, P] before the product."""
         kernel = self.kernel[...].astype(self.dtype)
         pt, ph, pw = kernel.shape[:3]
         patches = rearrange(
@@ -392,7 +395,7 @@ class PatchEmbedding(nnx.Module):
 
 
 class ImageEmbedding(nnx.Module):
-    """Image encoder features to the width of the model (i2v); its norms use torch's eps."""
+    """Projects features of the image encoder to the channels of the model (i2v); its norms use torch's eps."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(config.dtype)
@@ -415,34 +418,34 @@ class Head(nnx.Module):
         self.proj = linear(config, config.dim, config.patch_features, rngs=rngs, init=zeros, precise=True)
 
     def __call__(self, x: Float[Array, "B F S D"], time: Float[Array, "B T D"]) -> Float[Array, "B F S P"]:
-        """Patches; `time` is the embedding before its projection, T = F or 1."""
+        """Patches [B, F, S, P]; `time` is the embedding before its projection, T = F or 1."""
         table = time[:, :, None] + self.modulation[...].astype(time.dtype)[None]
         shift, scale = table[:, :, None, 0], table[:, :, None, 1]
         return self.proj(self.norm(x) * (1 + scale) + shift)
 
 
 def modulation_table(config: WanConfig, rows: int, rngs: nnx.Rngs) -> Float[Array, "1 rows D"]:
-    """Normal with variance 1/D."""
+    """A modulation table initialised from a normal distribution with variance 1/D."""
     init = nnx.initializers.normal(config.dim**-0.5)
     return init(rngs.params(), (1, rows, config.dim), jnp.dtype(config.param_dtype))
 
 
 def sinusoid(timesteps: Real[Array, "*batch"], width: int) -> Float[Array, "*batch width"]:
-    """[cos(t w_0), ..., sin(t w_0), ...] with w_m = 10000^(-2m/width): cosines first.
+    """The sinusoidal embedding [cos(t w_0), ..., sin(t w_0), ...] with w_m = 10000^(-2m/width), cosines first.
 
-    Wan forms the angles, up to 1000, in float64. Here t = t1 + t2 and w = w1 + w2 with 12-bit t1 and w1, so that t1*w1
-    is exact in float32 and the rest, small, is added through the addition theorem: right to about 1e-7.
+    Wan computes the angles, up to 1000, in float64. Here t = t1 + t2 and w = w1 + w2 with 12-bit t1 and w1, so that
+    t1*w1 is exact in float32 and the small remainder is added by the addition theorem: accurate to about 1e-7.
 
     Examples:
         >>> [round(float(x), 6) for x in sinusoid(jnp.array([1000.0]), 256)[0, :2]]
         [0.562379, 0.789615]
 
     Args:
-        timesteps: On the scale 0 to 1000, fractions allowed.
-        width: Even.
+        timesteps: Timesteps from 0 to 1000, which may be fractional.
+        width: Channels of the embedding, even.
 
     Returns:
-        float32.
+        [..., width], float32.
     """
     half = width // 2
     exact = 10000.0 ** (-np.arange(half, dtype=np.float64) / half)

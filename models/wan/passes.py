@@ -1,7 +1,7 @@
-"""Passes over rows of tokens between a layer's products, each in one kernel of its own: for generation, no gradients.
+"""Fused passes over tokens between a layer's products, one kernel each: for generation, without gradients.
 
-XLA puts a norm, a rotation and a write into the cache each in a pass of its own, and where a residual stream is both
-kept and normalised it forms it twice. `plain` has what each pass is; the kernels round where it does.
+XLA runs a norm, a rotation and a write into the cache as separate passes, and computes a residual stream that is both
+kept and normalised twice. `plain` defines each pass; the kernels round at the same places.
 """
 
 import math
@@ -21,7 +21,7 @@ type Part = tuple[Array, int]
 
 
 def check_passes(passes: str | None, dtype: Any, width: int) -> None:
-    """Raises ValueError if the name is unknown, or if the kernels are asked for and cannot take such rows."""
+    """Raises ValueError if the name is unknown, or the kernels are requested and do not support the dtype or width."""
     if passes not in (None, "triton", "plain"):
         raise ValueError(f"passes={passes!r} is not None, 'triton' or 'plain'.")
     if passes == "triton":
@@ -32,7 +32,7 @@ def check_passes(passes: str | None, dtype: Any, width: int) -> None:
 
 
 def default_passes(dtype: Any, width: int) -> Passes | None:
-    """What generation on one device takes: the kernels where they were measured, on Hopper; else nothing of its own."""
+    """The default for generation on one device: the kernels on Hopper, where they were measured; else None."""
     if int(cuda_capability() or 0) != 9:
         return None
     from monarchrt.triton_kernels.row_passes import supports
@@ -56,19 +56,19 @@ def norm_rotate_write(
     """Normalises and rotates queries and keys, and writes keys and values into the cache of all layers, in place.
 
     Args:
-        passes: By the kernel, or as the definition says.
-        projections: Of query, key and value: an array [B, N, W] and the column that its D numbers begin at.
+        passes: "triton" for the kernel; otherwise the definition.
+        projections: Query, key and value, each an array [B, N, W] and the index of the first of its D columns.
         scales: Weights of the norms of queries and keys.
         rope: Cosines and sines.
         keys: Keys of all layers, in slots of a group of tokens each.
-        values: Likewise.
-        layer: Which is written.
-        misplaced: Whether the block has no place: it is written as NaN.
+        values: Values of all layers, likewise.
+        layer: Index of the layer to write.
+        misplaced: Whether the block cannot be placed, and NaN is written.
         slots: Slots of the groups of the N tokens.
         eps: Epsilon of the norms.
 
     Returns:
-        The queries, and keys and values.
+        The queries, and the updated keys and values.
     """
     if passes == "triton":
         from monarchrt.triton_kernels.row_passes import norm_rotate_write as kernel
@@ -109,20 +109,20 @@ def gated_norm(
     *,
     eps: float,
 ) -> tuple[Float[Array, "B F S D"], Float[Array, "B F S D"]]:
-    """x + y * gate, and its LayerNorm, scaled and shifted; formed in float32 or wider.
+    """The residual stream x + y * gate, and its LayerNorm with scale and shift, computed in float32 or wider.
 
     Args:
-        passes: By the kernel, or as the definition says.
+        passes: "triton" for the kernel; otherwise the definition.
         x: The residual stream.
-        y: What is added.
+        y: Output of the branch to add.
         time: Projected timestep embedding, T = F or 1.
-        gate: A table [1, rows, D] and the row that, with the one of `time`, is the gate.
-        shift: Likewise; or a norm's biases [D] and -1, to which no time is added.
-        scale: Likewise, of which 1 is less; or weights and -1.
+        gate: A table [1, rows, D] and a row; the gate is the sum of this row of the table and of `time`.
+        shift: Likewise; or the biases [D] of a norm and -1, which do not depend on `time`.
+        scale: Likewise, where the norm is multiplied by 1 + scale; or the weights [D] of a norm and -1.
         eps: Epsilon of the norm.
 
     Returns:
-        The residual stream, and what is normalised, both in x's dtype.
+        The residual stream and its norm, both in the dtype of `x`.
     """
     if passes == "triton":
         from monarchrt.triton_kernels.row_passes import gated_norm as kernel

@@ -21,14 +21,14 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
 
 
 def frequencies(width: int) -> np.ndarray:
-    """Ladder of one axis, theta_j = 10000^(-2j/width), in float64 [width/2]."""
+    """Frequencies of one axis, theta_j = 10000^(-2j/width), [width/2] float64."""
     return THETA ** (-np.arange(0, width, 2, dtype=np.float64) / width)
 
 
 def axis_table(positions: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of position times frequency, [positions, width/2] float32, through float64.
+    """Cosine and sine of position times frequency, [positions, width/2] float32, computed in float64.
 
-    Angles formed in float32 would be off by up to 5e-5 over 1024 positions.
+    Angles computed in float32 would have errors of up to 5e-5 over 1024 positions.
     """
     angles = np.outer(positions.astype(np.float64), frequencies(width))
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
@@ -39,7 +39,7 @@ def rope_table(
 ) -> tuple[Float[Array, "F S half"], Float[Array, "F S half"]]:
     """Cosines and sines for every token of `grid`.
 
-    Each axis has its own ladder over its own channels; only the per-axis tables become constants of the program.
+    Each axis has its own channels and frequencies; only the tables of the axes become constants of the program.
 
     Examples:
         >>> cos, sin = rope_table((3, 2, 4), 24, start_frame=6)
@@ -55,7 +55,7 @@ def rope_table(
         cos, sin: [F, h*w, head_dim/2] float32, pairs ordered time, height, width.
 
     Raises:
-        ValueError: If a position reaches the table's end, 1024; a traced `start_frame` gives NaN instead.
+        ValueError: If a position is 1024 or more; with a traced `start_frame` the result is NaN instead.
     """
     frames, height, width = grid
     last = frames + (start_frame if isinstance(start_frame, int) else 0)
@@ -85,7 +85,7 @@ def rope_table(
 def rotate(
     x: Float[Array, "B F S n d"], cos: Float[Array, "F S half"], sin: Float[Array, "F S half"]
 ) -> Float[Array, "B F S n d"]:
-    """Rotates adjacent channel pairs (2m, 2m+1) by angle m, in float32 or wider; returns the dtype of `x`.
+    """Rotates adjacent channel pairs (2m, 2m+1) by angle m, in float32 or wider.
 
     Examples:
         >>> cos, sin = rope_table((1, 1, 2), 12)
@@ -95,11 +95,11 @@ def rotate(
 
     Args:
         x: Queries or keys, [B, F, h*w, heads, head_dim].
-        cos: [F, h*w, head_dim/2], of `rope_table`.
-        sin: [F, h*w, head_dim/2], of `rope_table`.
+        cos: [F, h*w, head_dim/2], from `rope_table`.
+        sin: [F, h*w, head_dim/2], from `rope_table`.
 
     Returns:
-        The rotated `x`.
+        The rotated `x`, in its dtype.
     """
     precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     pairs = precise.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)

@@ -1,4 +1,4 @@
-"""A loop over layers that writes what the backward pass needs right into stacks of all layers'."""
+"""A loop over layers that writes residuals directly into arrays stacked over layers."""
 
 import functools
 import math
@@ -13,44 +13,44 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from monarchrt.models.switch import Switch
 from monarchrt.models.wan.kept import in_stacks
 
-STACKED = "cheap"  # the kind of recomputation that it is for
-# on where a network goes through its layers by `through_stacks`: for programs with `training_options(stacks=True)`, as
-# else what reads the stacks would copy out of them
+STACKED = "cheap"  # the value of `remat` that it supports
+# on for networks that use `through_stacks`, in programs compiled with `training_options(stacks=True)`: without these
+# options, readers of the stacks would copy slices out of them
 stacks_written = Switch("stacks_written")
 
 
 class Place(NamedTuple):
-    """Where the backward pass finds a residual."""
+    """The array in which the backward pass finds a residual."""
 
-    source: str  # "stacks", "layers", "constants", "own" (of the program) or "value"
+    source: str  # "stacks", "layers", "constants", "own" (a constant of the program) or "value"
     at: Any
 
 
 class Program(NamedTuple):
-    """A layer's forward pass with what its backward pass needs."""
+    """The forward pass of a layer and its residuals."""
 
-    closed: ClosedJaxpr  # (x, layer, constants, numbers) to (x, residuals)
-    structure: Any  # of the residuals: a function of the gradient
+    closed: ClosedJaxpr  # (x, layer, constants, numbers) -> (x, residuals)
+    structure: Any  # tree structure of the residuals, which is a function of the gradient
     places: tuple[Place, ...]
-    shapes: tuple[Any, ...]  # of the residuals
-    rows: tuple[int, ...]  # which residual each stack has; the last stack, -1, has x
-    written: frozenset[int]  # of these, those that all else reads where they lie
+    shapes: tuple[Any, ...]  # shapes of the residuals
+    rows: tuple[int, ...]  # index of the residual in each stack; -1, in the last stack, stands for x
+    written: frozenset[int]  # those of these that the rest of the forward pass reads from the stack
 
 
 def through_stacks(body: Callable[[Any, Any], tuple[Any, None]], x: jax.Array, stacked: Any) -> jax.Array:
-    """What `jax.lax.scan(body, x, stacked)[0]` gives; gradients are those of the body's `jax.vjp`, one layer at a time.
+    """Computes `jax.lax.scan(body, x, stacked)[0]` and writes residuals directly into stacks.
 
-    A scan forms what a layer keeps and copies it into the stack of all layers'. XLA can have products and kernels write
-    there at once, but forms them a second time for what else reads them. Here that reads the stack. There is no forward
-    mode (`jax.jvp`).
+    A scan computes the residuals of a layer and copies them into the stack of all layers. XLA can let products and
+    kernels write there directly, but then computes them a second time for their other readers; here these read the
+    stack. Gradients are those of the body's `jax.vjp`, one layer at a time. Forward mode (`jax.jvp`) is not supported.
 
     Args:
-        body: (x, layer) to (x, None), recomputed in its backward pass as its `jax.checkpoint` says.
-        x: What goes through the layers.
-        stacked: A tree with a leading axis of layers.
+        body: (x, layer) -> (x, None), recomputed in the backward pass according to its `jax.checkpoint`.
+        x: Initial carry, the residual stream.
+        stacked: A tree of arrays with a leading axis of layers.
 
     Returns:
-        x after the last of them.
+        The carry after the last layer.
     """
     leaves, tree = jax.tree.flatten(stacked)
     trained: list[bool] = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
@@ -131,10 +131,10 @@ def through_stacks(body: Callable[[Any, Any], tuple[Any, None]], x: jax.Array, s
 
 
 def _closed_over(run: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], list[Any], list[Any]]:
-    """run as a function of what it closes over too, and that: traced numbers with gradients, and those without.
+    """Turns the traced values that `run` closes over into arguments: a new function, values with gradients, and others.
 
-    `jax.closure_convert` leaves the second, such as steps and masks, where they are, and a gradient of `jax.jit`, a
-    scan, `jax.checkpoint` or `jax.vmap` of the loop then has tracers that are over.
+    `jax.closure_convert` leaves the values without gradients, such as steps and masks, in the closure, and gradients of
+    the loop under `jax.jit`, a scan, `jax.checkpoint` or `jax.vmap` then fail with leaked tracers.
     """
     closed = jax.make_jaxpr(run)(*arguments)
     traced = [at for at, value in enumerate(closed.consts) if isinstance(value, Tracer)]
@@ -150,7 +150,7 @@ def _closed_over(run: Callable[..., Any], *arguments: Any) -> tuple[Callable[...
 
 
 def _planned(closed: ClosedJaxpr, structure: Any, leaves: int) -> Program:
-    """Where each residual comes from, each in one stack only."""
+    """Finds the source of each residual, and gives each distinct one a single stack."""
     jaxpr = closed.jaxpr
     inputs = {var: number for number, var in enumerate(jaxpr.invars)}
     own = {var: number for number, var in enumerate(jaxpr.constvars)}
@@ -174,7 +174,7 @@ def _planned(closed: ClosedJaxpr, structure: Any, leaves: int) -> Program:
 
 
 def _summed(var: Any, made: dict[Any, Any]) -> bool:
-    """Whether it is a sum, such as that of a product and a bias, which XLA has no product or kernel write."""
+    """Whether a value is a sum, as of a product and a bias, which no product or kernel can write directly."""
     while (eqn := made.get(var)) is not None and eqn.primitive.name in ("reduce_precision", "name"):
         var = eqn.invars[0]
     return eqn is not None and eqn.primitive.name == "add"
@@ -183,7 +183,7 @@ def _summed(var: Any, made: dict[Any, Any]) -> bool:
 def _turn(
     plan: Program, number: jax.Array, inputs: Sequence[Any], stacks: list[jax.Array]
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """A layer's forward pass, operation by operation, and the stacks with what it keeps."""
+    """Evaluates the forward pass of a layer and writes its residuals into the stacks."""
     jaxpr = plan.closed.jaxpr
     outvars = jaxpr.outvars[1:]
     stack_of = {outvars[row]: at for at, row in enumerate(plan.rows[:-1])}
@@ -204,7 +204,7 @@ def _turn(
         for var, value in zip(eqn.outvars, results, strict=True):
             if (at := stack_of.get(var)) is not None:
                 write(at, value)
-                if plan.rows[at] in plan.written:  # behind a barrier, or else XLA reads the value that was written
+                if plan.rows[at] in plan.written:  # behind a barrier: otherwise XLA would read the value, not the stack
                     value = _at(jax.lax.optimization_barrier(stacks[at]), number).reshape(value.shape)
             values[var] = value
     return read(jaxpr.outvars[0]), stacks
@@ -215,7 +215,7 @@ def _is_var(atom: Any) -> bool:
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of an array as rows of its last axis: with axes of one, XLA would choose orders that products cannot write."""
+    """The shape of an array as a matrix: with axes of size 1, XLA could choose layouts that products cannot write."""
     return shape if len(shape) < 2 else (math.prod(shape[:-1]), shape[-1])
 
 

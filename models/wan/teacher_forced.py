@@ -1,4 +1,4 @@
-"""Teacher forcing: a causal model on whole clips, noisy blocks after clean ones, as in generation."""
+"""Teacher forcing: a causal model on whole clips, in which noisy blocks see clean ones, as in generation."""
 
 from functools import partial
 from typing import Any
@@ -28,12 +28,12 @@ def teacher_forced(
     clean_timesteps: Real[Array, "B"] | Real[Array, "B frames"] | None = None,
     step: Steps = None,
 ) -> Float[Array, "B F H W C_out"]:
-    """Predicts the flow of each noisy block that sees the clean blocks before it, all blocks at once.
+    """Predicts the flow of all noisy blocks at once, each of which sees the clean blocks before it.
 
-    Clean block i sees clean blocks up to i; noisy block i sees clean blocks before i, and itself. Both halves are at
-    the same positions, and each is told its own time. The clean half goes through all layers and is differentiated as
-    the noisy one is; the head sees the noisy half only. It is what generation computes block by block with
-    `monarchrt.models.wan.causal.cached_forward`, where the cache holds the clean blocks.
+    Clean block i sees clean blocks up to i; noisy block i sees clean blocks before i, and itself. Both halves have the
+    same positions, and each has its own timesteps. The clean half passes through all layers and is differentiated like
+    the noisy half; the head is applied to the noisy half only. Generation computes the same block by block with
+    `monarchrt.models.wan.causal.cached_forward`, with the clean blocks in the cache.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -48,9 +48,9 @@ def teacher_forced(
         timesteps: Timesteps of the noisy half, one per sample or one per frame of tokens.
         clean: The latents that later blocks see.
         text: Output of the text encoder, as in the model's call.
-        clean_timesteps: What the model is told of the clean half; None: 0, which is clean.
-        step: Number of the noisy half's call within a sampler, traced or not, for attention that depends on it; or one
-            per sample or per frame of tokens. The clean half is after all steps, as the blocks of a cache are.
+        clean_timesteps: Timesteps of the clean half; None: 0, which is clean.
+        step: Index of the noisy half's call within a sampler, which may be traced, for attention that depends on it; or
+            one per sample or per frame of tokens. The clean half counts as after all steps, like cached blocks.
 
     Returns:
         The flow of the noisy half, in float32 or wider.
@@ -89,7 +89,7 @@ def _per_frame(timesteps: Array, grid: tuple[int, int, int]) -> Array:
 def _run_halves(
     model: WanModel, tokens: Tokens, context: Any, grid: tuple[int, int, int], sizes: list[int], step: Steps
 ) -> Array:
-    """All layers over [clean; noisy] frames; the noisy half of the residual stream."""
+    """Runs all layers on the frames [clean; noisy]; returns the noisy half of the residual stream."""
     config, frames = model.config, grid[0]
     per_frame = grid[1] * grid[2]
     cos, sin = pad_rope(rope_table(grid, config.head_dim))

@@ -1,4 +1,4 @@
-"""Tokens of a frame on a mesh of devices: how many each has, and the exchange with attention, which is by heads."""
+"""Tokens of a frame on a mesh: padding, splitting, and the exchange between splits by tokens and by heads."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from jaxtyping import Array, Float, Real
 from monarchrt.models.sharding import Logical, constrain, mesh_axes, partition, parts
 
 type Logicals = tuple[Logical, ...]
-ROWS = 8  # XLA fills up the rows of products to a multiple of it, by a copy before each
+ROWS = 8  # XLA pads the rows of products to a multiple of this, by a copy before each
 
 
 def padded(tokens: int) -> int:
-    """Tokens of a frame with those that are added, so that each device has a multiple of 8; as many without a mesh.
+    """Tokens of a frame with padding, so that each device has a multiple of 8; without a mesh there is no padding.
 
-    Those that are added are computed like others, but nothing is made of them: attention leaves them out.
+    Padding is computed like other tokens, but attention leaves it out, and it is dropped at the end.
 
     Examples:
         >>> padded(1560)
@@ -28,46 +28,46 @@ def padded(tokens: int) -> int:
 
 
 def pad(x: Float[Array, "B F S *rest"], tokens: int) -> Float[Array, "B F T *rest"]:
-    """Zeros up to so many tokens."""
+    """Pads each frame with zeros to this many tokens."""
     missing = tokens - x.shape[2]
     return jnp.pad(x, ((0, 0), (0, 0), (0, missing), *((0, 0),) * (x.ndim - 3))) if missing else x
 
 
 def joins_frames(timesteps: Real[Array, "B"] | Real[Array, "B frames"]) -> bool:
-    """Whether the tokens of all frames had better be in one row: split over a mesh, under one timestep.
+    """Whether to put the tokens of all frames in one row: on a mesh that splits tokens, with one timestep per sample.
 
-    A device's part is then one piece of each sample, in the order that attention takes, and fewer tokens are added.
+    Each device's part is then one piece of a sample, in the order of the attention, and less padding is needed.
     """
     return timesteps.ndim == 1 and parts("tokens", 0) > 1
 
 
 def join_frames(x: Float[Array, "*B F S D"]) -> Float[Array, "*B 1 N D"]:
-    """Tokens, or their cosines and sines, of all frames in one row, N = F*S."""
+    """Puts the tokens of all frames, or their cosines and sines, in one row, N = F*S."""
     return x.reshape(*x.shape[:-3], 1, -1, x.shape[-1])
 
 
 def pad_rope(rope: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Cosines and sines [F, S, half] with those of the tokens that a mesh adds; whole on every device."""
+    """Pads cosines and sines [F, S, half] like the tokens; every device has them in full."""
     cos, sin = (constrain(pad(table[None], padded(table.shape[1]))[0], None, None, None) for table in rope)
     return cos, sin
 
 
 def split_tokens(x: Float[Array, "B F T D"]) -> Float[Array, "B F T D"]:
-    """The residual stream, split along the batch and the tokens of a frame where a mesh says so."""
+    """Splits the residual stream along the batch and the tokens of a frame, on a mesh."""
     return constrain(x, "batch", None, "tokens", None)
 
 
 def whole_tokens(x: Float[Array, "B F T D"]) -> Float[Array, "B F T D"]:
-    """All tokens on every device, split along the batch alone."""
+    """Splits the residual stream along the batch only, so that every device has all tokens."""
     return constrain(x, "batch", None, None, None)
 
 
 def tokens_to_heads(
     x: Float[Array, "B F T 3 n d"], tokens: int
 ) -> tuple[Float[Array, "B N n d"], Float[Array, "B N n d"], Float[Array, "B N n d"]]:
-    """Query, key and value, each with its tokens in one axis, those that were added left out.
+    """Query, key and value, each with all tokens in one axis, without padding.
 
-    On a mesh they are split along the heads, instead of a frame's tokens: one exchange for all, as in Ulysses.
+    On a mesh they change from a split along tokens to one along heads, in one exchange for all three, as in Ulysses.
     """
     x = _exchange(x, True)[:, :, :tokens]
     query, key, value = (rearrange(x[:, :, :, part], "b f s n d -> b (f s) n d") for part in range(3))
@@ -75,13 +75,13 @@ def tokens_to_heads(
 
 
 def heads_to_tokens(x: Float[Array, "B N n d"], frames: int, tokens: int) -> Float[Array, "B F T D"]:
-    """The way back, by frame, filled up to so many tokens, and at the width of the residual stream."""
+    """The inverse of `tokens_to_heads`: by frame, padded to `tokens`, with the channels of all heads in one axis."""
     x = _exchange(pad(rearrange(x, "b (f s) n d -> b f s n d", f=frames), tokens), False)
     return rearrange(x, "b f s n d -> b f s (n d)")
 
 
 def _moved(x: Float[Array, "B F T *rest n d"], to_heads: bool) -> Float[Array, "B F T *rest n d"]:
-    """Split along the heads instead of the tokens, or the other way round; the gradient goes the way back."""
+    """Changes the split from tokens to heads, or the reverse; the gradient does the opposite."""
     inner = (None,) * (x.ndim - 5)
     by_tokens, by_heads = ("batch", None, "tokens", *inner, None, None), ("batch", None, None, *inner, "heads", None)
     before, after = (by_tokens, by_heads) if to_heads else (by_heads, by_tokens)
@@ -91,17 +91,17 @@ def _moved(x: Float[Array, "B F T *rest n d"], to_heads: bool) -> Float[Array, "
 
 
 def _swap_halves(x: Array, before: Logicals, after: Logicals, joined: int, split: int) -> Array:
-    """The exchange of two devices: each sends the half that the other is to have, where an all-to-all takes both.
+    """The exchange between two devices, each of which sends only the other's half; an all-to-all takes both halves.
 
     Args:
-        x: On a mesh, split along one axis.
+        x: An array on a mesh, split along one axis.
         before: Its logical axes.
-        after: Those that it is to have.
+        after: The logical axes of the result.
         joined: The axis that is split before.
         split: The axis that is split after.
 
     Returns:
-        x, split along the other.
+        `x`, split along the other axis.
     """
     mesh = get_abstract_mesh()
     (axis,) = mesh_axes(mesh, "heads", 2)
@@ -111,7 +111,7 @@ def _swap_halves(x: Array, before: Logicals, after: Logicals, joined: int, split
         halves = x.reshape(*x.shape[:split], 2, -1, *x.shape[split + 1 :])
         own, other = (jax.lax.dynamic_index_in_dim(halves, i, axis=split, keepdims=False) for i in (here, 1 - here))
         got = jax.lax.ppermute(other, axis, [(0, 1), (1, 0)])
-        # its own part comes first on device 0, and last on device 1
+        # a device's own part comes first on device 0 and last on device 1
         either = jnp.concatenate([own, got, own], axis=joined)
         return jax.lax.dynamic_slice_in_dim(either, here * own.shape[joined], 2 * own.shape[joined], axis=joined)
 
@@ -121,7 +121,7 @@ def _swap_halves(x: Array, before: Logicals, after: Logicals, joined: int, split
 
 def _way_back(to_heads: bool, _: None, gradient: Array) -> tuple[Array]:
     x = _moved(gradient, not to_heads)
-    # of query, key and value it would else be formed again, and in float32, for each that reads it
+    # a barrier: otherwise the gradient of query, key and value is recomputed, in float32, for each of its readers
     return (jax.lax.optimization_barrier(x) if to_heads else x,)
 
 

@@ -1,7 +1,7 @@
-"""A model whose layers are arrays of their own, for generation on a GPU.
+"""A model whose layers have separate arrays, for generation on a GPU.
 
-A scan over stacked layers cuts each layer's weights out of the stack in every call: products cannot read them where
-they lie. With arrays of their own nothing is copied; the program, of one layer after the other, is larger.
+A scan over stacked layers copies each layer's weights out of the stack in every call, since products cannot read them
+in place. Separate arrays need no copies; the unrolled program is larger.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from monarchrt.models.wan.passes import Passes, check_passes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layers:
-    """Parameters of a model, those of its layers apart. A pytree.
+    """Parameters of a model with separate arrays for each layer. A pytree.
 
     Attributes:
         rest: Parameters outside of layers: the state of a model with no layers in its stacks.
@@ -42,12 +42,12 @@ class Layers:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnrolledWan:
-    """What `LiveRollout` takes instead of a model.
+    """An unrolled model, which `LiveRollout` takes instead of a `WanModel`.
 
     Attributes:
-        model: Without layers, for all checks.
-        graph: Its structure, as of `nnx.split`.
-        params: Parameters, in place of the other half of that split.
+        model: The model without layers, for checks.
+        graph: Graph of the model, from `nnx.split`.
+        params: Parameters, instead of the state from `nnx.split`.
     """
 
     model: WanModel
@@ -56,7 +56,7 @@ class UnrolledWan:
 
     @property
     def config(self) -> WanConfig:
-        """Of the model that was unrolled, but for causal blocks: it makes one at a time."""
+        """The configuration of the model that was unrolled, with `causal_block=None`: it sees one block at a time."""
         return self.model.config
 
 
@@ -64,7 +64,7 @@ type Cut = dict[Any, tuple[Any, list[Any]]]
 
 
 def unroll_layers(model: WanModel, *, cut: Cut | None = None, passes: Passes | None = None) -> UnrolledWan:
-    """A model for generation block by block, with every layer's arrays copied out of the stack.
+    """Copies the arrays of every layer out of the stack, for generation block by block.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -73,26 +73,27 @@ def unroll_layers(model: WanModel, *, cut: Cut | None = None, passes: Passes | N
         2
 
     Args:
-        model: It is left as it is.
-        cut: What was cut of other models with the same arrays, under other attention, and is cut here: they are shared.
-        passes: What is between a layer's products: "triton", by kernels of few passes (half precision), with query, key
-            and value as one product where weights are plain; "plain", the same as XLA does it; None: as in training.
+        model: The model; it does not change.
+        cut: Arrays of layers by stacked array, which are reused and added to, so that models with the same arrays and
+            different attention share them.
+        passes: Computation between a layer's products: "triton", by fused kernels (half precision), with query, key and
+            value as one product if their weights are plain; "plain", the same in XLA; None: as in training.
 
     Returns:
-        The unrolled one. It shares all other arrays.
+        The unrolled model, which shares all other arrays.
 
     Raises:
-        ValueError: If the kernels cannot take the network's rows.
+        ValueError: If the kernels do not support the network's dtype or width.
     """
     check_passes(passes, model.config.dtype, model.config.dim)
-    model = model.with_config(causal_block=None)  # blocks are seen one at a time
+    model = model.with_config(causal_block=None)  # it sees one block at a time
     stacked = nnx.split(model.blocks)[1]
     cut = {} if cut is None else cut
 
     def layer_of(number: int, x: Any) -> Any:
         if id(x) not in cut:
             layers = [_layer(x, n) for n in range(model.config.num_layers)]
-            cut[id(x)] = x, layers  # with x itself, whose id is its own then
+            cut[id(x)] = x, layers  # keeps x alive, so that its id is not reused
         return cut[id(x)][1][number]
 
     def joined(*arrays: Any) -> Any:
@@ -119,21 +120,21 @@ def unroll_layers(model: WanModel, *, cut: Cut | None = None, passes: Passes | N
 
 
 def _layer(x: Any, number: int) -> Any:
-    """A layer's array of a stack, on a mesh split as the stack is."""
+    """A layer's array from a stack, split like the stack if that is on a mesh."""
     if not isinstance(where := getattr(x, "sharding", None), NamedSharding):
         return x[number]
     return jax.device_put(x[number], NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])))
 
 
 def merged(graph: nnx.GraphDef, params: Any) -> tuple[Any, list[Any] | None]:
-    """The model, and the state of each layer if they are apart; what `cached_forward` and `init_cache` take."""
+    """The model, and the states of its layers if they are unrolled, for `cached_forward` and `init_cache`."""
     if isinstance(params, Layers):
         return nnx.merge(graph, params.rest), params.each()
     return nnx.merge(graph, params), None
 
 
 def over_layers(of_layer: Callable[[Any], Any], stacked: Any, layers: list[Any] | None) -> Any:
-    """What a function makes of each layer's state, on a leading axis of layers; apart, where they are."""
+    """Applies a function to each layer's state: results are stacked, or a tuple for unrolled layers."""
     if layers is None:
         return jax.lax.scan(lambda _, layer: (None, of_layer(layer)), None, stacked)[1]
     return tuple(map(jax.jit(of_layer), layers))

@@ -1,4 +1,4 @@
-"""The latents that a network is called with while something samples it, step by step, on the host."""
+"""Capture of the latents of each network call during sampling."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from monarchrt.models.wan.dit import Times, Tokens, WanModel
 
 
 class NetworkCall(NamedTuple):
-    """What one call of the network was given.
+    """Inputs of one call of the network.
 
     Attributes:
         latents: Noisy latents [B, F, h, w, C].
@@ -26,7 +26,7 @@ class NetworkCall(NamedTuple):
 
 
 class _Watched(WanModel):
-    """The same network; what it is called with is handed on."""
+    """The same network, which sends its inputs to the host."""
 
     hand_on: Any
 
@@ -39,7 +39,7 @@ class _Watched(WanModel):
 
 @contextlib.contextmanager
 def watching(model: WanModel) -> Iterator[tuple[WanModel, list[NetworkCall]]]:
-    """A network that computes the same, and a list that fills with the latents of its calls, in their order.
+    """Captures the latents and timesteps of a network's calls inside the block.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -51,13 +51,14 @@ def watching(model: WanModel) -> Iterator[tuple[WanModel, list[NetworkCall]]]:
         [((1, 3, 4, 8, 16), [500.0])]
 
     Args:
-        model: The network; it is not changed. On one device.
+        model: The network, on one device; it does not change.
 
     Yields:
-        The network to run, whatever samples it, and the list, which is complete when the block is left.
+        A network that computes the same and is to be run, and the list of its calls, in order, which is complete at the
+        end of the block.
 
     Raises:
-        UserError: If `JAX_PLATFORMS` leaves the CPU out.
+        UserError: If `JAX_PLATFORMS` excludes the CPU.
     """
     check_host("watching a network")
     calls: list[NetworkCall] = []
