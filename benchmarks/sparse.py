@@ -34,6 +34,7 @@ from monarchrt.triton_kernels import block_sparse, config
 SIZES = {"480p": (21, 30, 52), "720p": (21, 45, 80)}
 SMALL = (21, 5, 16)
 QUICK = 6  # rows of the default
+KERNELS = ("mosaic", "triton")
 CHANGES: dict[str, tuple[dict, ...]] = {  # most promising first; of the loop's side 32 leave room for more stages
     "sparse_key_backward": (
         {"warps": 4},
@@ -107,7 +108,7 @@ def main() -> None:
         if time.perf_counter() - began > args.seconds:
             print(f"{name} and what follows are left out: --seconds {args.seconds} are over.")
             break
-        row = attempt(measure, name, grid, arrays, "xla" if args.small else "triton")
+        row = attempt(measure, name, grid, arrays, "xla" if args.small else args.implementation)
         if row is None or not row["ms"]:
             failed.append(name)
         if row is not None:
@@ -129,6 +130,7 @@ def parse() -> argparse.Namespace:
         help=f"all, or of {', '.join(map(repr, names))}; default: the first {QUICK}".replace("%", "%%"),
     )  # fmt: skip
     parser.add_argument("--size", default="480p", choices=list(SIZES))
+    parser.add_argument("--implementation", choices=KERNELS, help="of the kinds; default: what they choose themselves")
     parser.add_argument("--seconds", type=float, default=130.0, help="begin no row after so many; default: 130")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--sweep", action="store_true", help="time other sizes of blocks, on the kernels alone")
@@ -174,12 +176,12 @@ def error(x, right):
     return jnp.sqrt(jnp.square(x - right).sum() / jnp.square(right).sum())
 
 
-def kernels(mask, implementation: str):
+def kernels(mask, implementation: str | None):
     """The operation alone, as a function of q, k and v."""
     return lambda q, k, v: block_sparse_attention(q, k, v, mask, implementation=implementation)
 
 
-def measure(name: str, grid, arrays, implementation: str) -> dict:
+def measure(name: str, grid, arrays, implementation: str | None) -> dict:
     """Errors of one row, and its times if they are small enough."""
     setting = attention_settings.sparse_setting(name, implementation)
     exact = call(dataclasses.replace(setting, implementation="exact"), grid)

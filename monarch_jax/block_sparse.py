@@ -22,7 +22,7 @@ from monarch_jax.contract import SAVED, Side, SparseProblem, SparseResiduals, ac
 from monarch_jax.devices import on_cuda
 from monarch_jax.partitioning import anywhere, left_to_the_compiler
 
-IMPLEMENTATIONS = ("triton", "xla")
+IMPLEMENTATIONS = ("mosaic", "triton", "xla")
 
 
 @jax.tree_util.register_dataclass
@@ -225,8 +225,9 @@ def block_sparse_attention(
         value: [B, Nk, H, D], in the order of `key`.
         mask: The keys that each query sees, made by `block_mask`.
         scale: Softmax scale, above 0 and at most 1e6; default D**-0.5.
-        implementation: "triton" (kernels for NVIDIA GPUs from Ampere on), "xla" (the definition, block by block), or
-            None: the first that supports the call on the default device.
+        implementation: "mosaic" (a kernel for Hopper GPUs and masks that are `even`; its gradients are those of
+            "triton"), "triton" (kernels for NVIDIA GPUs from Ampere on), "xla" (the definition, block by block), or
+            None: the fastest that supports the call on the default device.
 
     Returns:
         [B, Nq, H, D] in the inputs' dtype; zero for a query that sees no key.
@@ -242,13 +243,10 @@ def block_sparse_attention(
         isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf
     ):
         raise ValueError(f"scale={scale!r} is not a number above 0; leave it out for head_dim ** -0.5.")
-    chosen = choose(implementation, query, key)
+    chosen = choose(implementation, query, key, mask)
     factor = float(check_scale(dim**-0.5 if scale is None else scale, shown=scale))
-    problem = SparseProblem(
-        scale=factor, rows=mask.rows, columns=mask.columns, width=mask.width,
-        sink=mask.sink, even=mask.even,
-    )  # fmt: skip
-    run = functools.partial(_attend if chosen == "xla" else _by_kernels, problem)
+    problem = _problem(mask, factor)
+    run = functools.partial(_attend if chosen == "xla" else functools.partial(_by_kernels, chosen), problem)
     given, with_arrays = apart(mask)
 
     def attend(query: Array, key: Array, value: Array, given: list[Array]) -> Array:
@@ -257,13 +255,14 @@ def block_sparse_attention(
     return left_to_the_compiler(attend, (query, key, value), given)
 
 
-def choose(implementation: str | None, query: Any, key: Any) -> str:
-    """The implementation for a call: the named one, or "triton" if it runs here and supports the call, else "xla".
+def choose(implementation: str | None, query: Any, key: Any, mask: BlockMask | None = None) -> str:
+    """Selects the implementation of a call: the named one, or the fastest that supports the call; else "xla".
 
     Args:
         implementation: One of `IMPLEMENTATIONS`, or None.
         query: Has the shape [B, Nq, H, D] and the dtype of the queries.
         key: Has the shape [B, Nk, H, D] and the dtype of the keys.
+        mask: The mask of the call; None if it is not known.
 
     Returns:
         The name of the implementation.
@@ -276,14 +275,40 @@ def choose(implementation: str | None, query: Any, key: Any) -> str:
         raise ValueError(f"implementation={implementation!r} is not None or one of {', '.join(IMPLEMENTATIONS)}.")
     if implementation == "xla" or (implementation is None and not on_cuda(capability=8)):
         return "xla"
-    from monarchrt.triton_kernels import block_sparse
-
-    reason = block_sparse.supports(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key)))
-    if reason is None:
-        return "triton"
+    query, key = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
     if implementation is None:
-        return "xla"
-    raise NotImplementedError(f"implementation={implementation!r} cannot run this call: {reason}")
+        if _why_not("triton", query, key, mask):
+            return "xla"
+        return "mosaic" if _prefers_mosaic(query, mask) and not _why_not("mosaic", query, key, mask) else "triton"
+    if reason := _why_not(implementation, query, key, mask):
+        raise NotImplementedError(f"implementation={implementation!r} cannot run this call: {reason}")
+    return implementation
+
+
+def _prefers_mosaic(query: Any, mask: BlockMask | None) -> bool:
+    """Whether blocks are of a size for which the Mosaic kernel is the faster one, on Hopper."""
+    from monarchrt.pallas_kernels import block_sparse
+
+    return mask is not None and on_cuda(capability=9) and block_sparse.preferred(_problem(mask), query)
+
+
+def _why_not(name: str, query: Any, key: Any, mask: BlockMask | None) -> str | None:
+    """Why kernels do not support a call, or None; the gradients of "mosaic" are those of "triton"."""
+    from monarchrt.pallas_kernels import block_sparse as mosaic
+    from monarchrt.triton_kernels import block_sparse as triton
+
+    if name == "mosaic":
+        reason = "nothing is known of the mask." if mask is None else mosaic.supports(_problem(mask), query, key)
+        if reason:
+            return reason
+    return triton.supports(query, key)
+
+
+def _problem(mask: BlockMask, scale: float = 1.0) -> SparseProblem:
+    """The static part of a call."""
+    return SparseProblem(
+        scale=scale, rows=mask.rows, columns=mask.columns, width=mask.width, sink=mask.sink, even=mask.even
+    )
 
 
 def _check(query: Array, key: Array, value: Array, mask: BlockMask) -> None:
@@ -344,24 +369,27 @@ def kernel_sides(mask: BlockMask, *, batch: int, heads: int) -> tuple[Side, Side
     return queries, keys
 
 
-def _by_kernels(problem: SparseProblem, query: Array, key: Array, value: Array, mask: BlockMask) -> Array:
-    """`block_sparse_attention` by the Triton kernels, with rules for vmap and for several devices."""
+def _by_kernels(name: str, problem: SparseProblem, query: Array, key: Array, value: Array, mask: BlockMask) -> Array:
+    """`block_sparse_attention` by "mosaic" or "triton", with rules for vmap and for several devices."""
     batch, heads = query.shape[0], query.shape[2]
     queries, keys = kernel_sides(mask, batch=batch, heads=heads)
     flat = vary_alike(query, key, value, *queries, *keys)
-    return _triton()(problem, *flat[:3], Side(*flat[3:9]), Side(*flat[9:]))
+    return _kernels(name)(problem, *flat[:3], Side(*flat[3:9]), Side(*flat[9:]))
 
 
 @functools.cache  # the same function in every call, so that JAX reuses what it has traced
-def _triton() -> Any:
+def _kernels(name: str) -> Any:
     """The kernels, differentiable, under vmap and on split operands."""
-    from monarchrt.triton_kernels import block_sparse
+    from monarchrt.pallas_kernels import block_sparse as mosaic
+    from monarchrt.triton_kernels import block_sparse as triton
 
     queries, keys = ("bnhd", "bmhd", "bmhd"), ("bh1", "bh11", "bh11", "bh1", "bh1", "bh1")
 
     def forward(problem, q, k, v, of_queries, of_keys):
         def fn(q, k, v, *lists):
-            return block_sparse.forward(problem, q, k, v, Side(*lists[:6]), Side(*lists[6:]))
+            if name == "mosaic":
+                return mosaic.forward(problem, q, k, v, Side(*lists[:6]))
+            return triton.forward(problem, q, k, v, Side(*lists[:6]), Side(*lists[6:]))
 
         return anywhere(fn, (*queries, *keys, *keys), ("bnhd", "bhn"))(q, k, v, *of_queries, *of_keys)
 
@@ -374,9 +402,7 @@ def _triton() -> Any:
 
     def bwd(problem, r, d_out):
         def fn(q, k, v, out, d_out, lse, *lists):
-            return block_sparse.vjp(
-                problem, SparseResiduals(q, k, v, out, lse, Side(*lists[:6]), Side(*lists[6:])), d_out
-            )
+            return triton.vjp(problem, SparseResiduals(q, k, v, out, lse, Side(*lists[:6]), Side(*lists[6:])), d_out)
 
         axes = (*queries, "bnhd", "bnhd", "bhn", *keys, *keys)
         return *anywhere(fn, axes, queries)(r.q, r.k, r.v, r.out, d_out, r.lse, *r.queries, *r.keys), None, None

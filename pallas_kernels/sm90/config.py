@@ -17,7 +17,7 @@ LOAD_REGISTERS = {1: 40, 2: 40, 3: 24}
 REDUCTIONS = 512  # bytes for reductions across the warps of a warpgroup
 
 
-def _block_bytes(*buffers: int, barriers: int, reductions: int = 0) -> int:
+def block_bytes(*buffers: int, barriers: int, reductions: int = 0) -> int:
     """Shared memory of a block: every buffer, and scratch for reductions, at a multiple of 1,024 bytes; barriers."""
     return sum(-(-x // 1024) * 1024 for x in (*buffers, reductions)) + 8 * barriers
 
@@ -70,7 +70,7 @@ class RightConfig:
         keys = self.key_stages * 2 * self.depth(cols) * dim * 2
         out = self.warpgroups * 2 * ROWS * dim * width
         barriers = 2 * (self.key_stages + self.query_stages)
-        return _block_bytes(query, keys, out, barriers=barriers, reductions=REDUCTIONS)
+        return block_bytes(query, keys, out, barriers=barriers, reductions=REDUCTIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class LeftConfig:
         """Bytes a block uses."""
         keys = self.stages * self.columns * self.key_block
         query = self.query_stages * (self.wide * ROWS + self.tail) * dim * 2 + self.tail * self.key_block * 2
-        return _block_bytes(
+        return block_bytes(
             2 * keys * dim * 2,
             query,
             keys * 4,
@@ -192,7 +192,7 @@ class LeftE4M3Config(LeftConfig):
         """Bytes a block uses."""
         block = self.columns * self.key_block
         numbers = self.raw_steps * block * 4
-        return _block_bytes(
+        return block_bytes(
             self.query_stages * self.wide * ROWS * dim * 2,
             self.cells * block * dim * 2,
             self.raw * block * dim,
@@ -267,12 +267,12 @@ class LeftBackwardConfig:
             width = self.width(rows)
             query, factors = self.depth(rows) * 2 * dim * 2, self.warpgroups * width * ROWS * 2
             barriers = 2 + self.warpgroups + 2 * self.stages
-            return _block_bytes(*loaded, query, 2 * width * 4, factors, barriers=barriers, reductions=REDUCTIONS)
+            return block_bytes(*loaded, query, 2 * width * 4, factors, barriers=barriers, reductions=REDUCTIONS)
         query = self.warpgroups * 2 * ROWS
         factors = self.warpgroups * ROWS * ROWS * 2 * (2 if self.row_blocks > 1 else 1)
         rest = (query * 4, factors, self.warpgroups * ROWS * 4)
         barriers = 4 + 2 * self.columns * self.stages
-        return _block_bytes(*loaded, query * dim * 2, *rest, barriers=barriers, reductions=REDUCTIONS)
+        return block_bytes(*loaded, query * dim * 2, *rest, barriers=barriers, reductions=REDUCTIONS)
 
     def refine_shared_memory(self, rows: int, dim: int) -> int:
         """The same of the kernel for a refinement step before the last."""
@@ -321,10 +321,10 @@ class RightBackwardConfig:
             rows, keys = self.ring * ROWS * dim * 2, self.warpgroups * 2 * width * dim * 2
             vectors = (ahead * ROWS * 4, self.warpgroups * width * 4)
             barriers = 2 * self.warpgroups * (ahead + 2) + ahead
-            return _block_bytes(rows, keys, scores, *vectors, barriers=barriers, reductions=REDUCTIONS)
+            return block_bytes(rows, keys, scores, *vectors, barriers=barriers, reductions=REDUCTIONS)
         rows, keys = self.stages * ROWS * 3 * dim * 2, 2 * width * dim * 2
         barriers = 4 + 2 * self.stages
-        return _block_bytes(rows, keys, scores, self.stages * ROWS * 4, barriers=barriers, reductions=REDUCTIONS)
+        return block_bytes(rows, keys, scores, self.stages * ROWS * 4, barriers=barriers, reductions=REDUCTIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -362,7 +362,7 @@ class QueryConfig:
         """Bytes a block uses for tiles of `cols` columns."""
         stage = self.depth(cols) * (dim + self.warpgroups * ROWS) * 2
         barriers = (2 + self.warpgroups) * self.stages + 2 * self.warpgroups
-        return _block_bytes(self.stages * stage, self.warpgroups * ROWS * dim * 2, barriers=barriers)
+        return block_bytes(self.stages * stage, self.warpgroups * ROWS * dim * 2, barriers=barriers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -516,7 +516,7 @@ class FusedConfig:
     def shared_memory() -> int:
         """Bytes a block uses: two Q of columns, two of rows, three pairs of key and value rows; alpha and Y twice."""
         tile, vectors = ROWS * 2 * SLAB * 2, 2 * 2 * CLUSTER_VECTORS
-        return _block_bytes(10 * tile, 2 * vectors * 2 * SLAB * 2, vectors * 4 + 2 * ROWS * 4, 16 * 4, barriers=12)
+        return block_bytes(10 * tile, 2 * vectors * 2 * SLAB * 2, vectors * 4 + 2 * ROWS * 4, 16 * 4, barriers=12)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

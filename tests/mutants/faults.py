@@ -7,7 +7,7 @@ from tests.mutants.measures import MEASURED
 from tests.mutants.meshes import MESHES
 from tests.mutants.passes import PASSES
 from tests.mutants.serving import SERVING
-from tests.mutants.sparse import BESIDE_PUBLISHED
+from tests.mutants.sparse import BESIDE_PUBLISHED, BLOCK_SPARSE
 
 DEFINITION = ("tests/attention/test_definition.py",)
 BACKENDS = ("tests/attention/test_backends.py",)
@@ -591,4 +591,5 @@ FAULTS = (
     *MEASURED,
     *SERVING,
     *BESIDE_PUBLISHED,
+    *BLOCK_SPARSE,
 )

@@ -48,3 +48,27 @@ BESIDE_PUBLISHED = (
         "SlidingTile",
     ),
 )
+
+SPARSE_MOSAIC = ("tests/kernels/test_sparse_mosaic.py",)
+
+BLOCK_SPARSE = (
+    Fault(
+        "pallas_kernels/sm90/block_sparse.py",
+        "column < self.problem.columns, s, LOWEST",
+        "column < ROWS, s, LOWEST",
+        SPARSE_MOSAIC,
+        "whole_maps",
+    ),
+    Fault(
+        "pallas_kernels/sm90/block_sparse.py",
+        "total * shrink + p.sum(axis=1)",
+        "total + p.sum(axis=1)",
+        SPARSE_MOSAIC,
+        "whole_maps",
+    ),
+    Fault("pallas_kernels/sm90/block_sparse.py", "none, jnp.inf, lse", "none, 0.0, lse", SPARSE_MOSAIC, "whole_maps"),
+    Fault("pallas_kernels/sm90/block_sparse.py", "@pl.when(end > start)", "@pl.when(end > -1)", SPARSE_MOSAIC, "empty"),
+    Fault(
+        "pallas_kernels/sm90/block_sparse.py", "jnp.minimum(n + 1, l", "jnp.minimum(n, l", SPARSE_MOSAIC, "whole_maps"
+    ),
+)
