@@ -97,9 +97,7 @@ def test_empty_blocks(monkeypatch):
     """Nothing is written for blocks of queries that hold none, at the end neither, and none is in a list of keys."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 64)), jnp.bfloat16) for n in (120, 180, 180))
-    mask = block_mask(
-        np.ones((1, 1, 4, 4), bool), query_starts=[0, 60, 60, 120, 120], key_starts=[0, 60, 60, 120, 180]
-    )
+    mask = block_mask(np.ones((1, 1, 4, 4), bool), query_starts=[0, 60, 60, 120, 120], key_starts=[0, 60, 60, 120, 180])
     queries, _ = kernel_sides(mask, batch=1, heads=2)
     assert mask.even
     with interpreted(monkeypatch, detect_races=True) as races:
@@ -193,6 +191,7 @@ class TestChoice:
         ("capability", "mask", "expected"),
         [
             (9.0, {}, "mosaic"),
+            (9.0, {"heads": 2}, "triton"),
             (9.0, {"size": 64}, "triton"),
             (9.0, {"even": False}, "triton"),
             (8.0, {}, "triton"),
@@ -205,8 +204,9 @@ class TestChoice:
         pytest.importorskip("jax_triton")
         monkeypatch.setattr(devices, "cuda_capability", lambda: capability)
         monkeypatch.setattr(block_sparse, "cuda_capability", lambda: capability)
-        mask = self.mask(**mask)
-        x: Any = jax.ShapeDtypeStruct((1, int(mask.key_starts[..., -1].max()), 2, 128), jnp.bfloat16)
+        heads = mask.get("heads", 1)
+        mask = self.mask(**{name: x for name, x in mask.items() if name != "heads"})
+        x: Any = jax.ShapeDtypeStruct((1, int(mask.key_starts[..., -1].max()), heads, 128), jnp.bfloat16)
         assert choose(None, x, x, mask) == expected
 
 
