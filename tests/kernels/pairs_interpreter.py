@@ -41,7 +41,7 @@ class Case:
 
 CASES = {
     "plain": Case(),
-    "packed, sharp": Case(query_tiles=3, b2=20, sharpness=4.0),  # some factors are at their limit
+    "packed, sharp": Case(key_tiles=2, b2=9, sharpness=4.0),  # some factors are at their limit
     "causal, one chunk": Case(query_tiles=3, tile=1, key_tiles=14, visible=(1, 4, 13), b2=3),
     "many columns, padded dim": Case(b2=70, dim=12, key_tiles=1),
     "many columns, causal": Case(b2=70, key_tiles=2, visible=(1, 2), heads=1),
@@ -62,8 +62,10 @@ def call(todo, arrays, shapes, _capability):
 
 def worst(found, expected):
     """Largest difference where something is expected, infinity too; infinite where it is not a number."""
-    difference = jnp.where(found == expected, 0, jnp.abs(found - expected) / (1 + jnp.abs(expected)))
-    return float(jnp.nan_to_num(jnp.where(jnp.isnan(expected), 0, difference), nan=jnp.inf).max())
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    with np.errstate(invalid="ignore"):
+        difference = np.where(found == expected, 0, np.abs(found - expected) / (1 + np.abs(expected)))
+    return float(np.nan_to_num(difference[~np.isnan(expected)], nan=np.inf).max())
 
 
 def run_case(case: Case) -> dict[str, float]:

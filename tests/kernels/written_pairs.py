@@ -1,9 +1,20 @@
 """`triton_kernels.pairs.Pairs` written out in JAX."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+
+
+def at_once(method):
+    """The method as one program: one operation after another, compiling takes most of a test's time."""
+
+    @functools.wraps(method)
+    def run(self, *arrays, **sizes):
+        return jax.jit(functools.partial(method, self, **sizes))(*arrays)
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Written:
         x = x.reshape(*x.shape[:4], -1).astype(jnp.float32)
         return jnp.where(self.seen()[None, :, :, None, None], x, 0)
 
+    @at_once
     def refine(self, alpha, c, *, width):
         """See `Pairs`."""
         x = self.scores(alpha, c)
@@ -74,6 +86,7 @@ class Written:
         lse = jnp.pad(lse, ((0, 0),) * 3 + ((0, width - lse.shape[-1]),), constant_values=jnp.inf)
         return u, self.back(factor, c), jnp.stack([lse, jnp.full_like(lse, jnp.nan)], 3)
 
+    @at_once
     def query(self, u, dz, factors):
         """See `Pairs`."""
         item, row = self.places()
@@ -87,6 +100,7 @@ class Written:
         product = jnp.where(self.numbers(factors) < 1e4, product, 0)
         return du.reshape(u.shape), self.back(product, factors)
 
+    @at_once
     def delta(self, alpha, du, c, factors, products, stats):
         """See `Pairs`."""
         rows = self.q.shape[2]
