@@ -251,7 +251,7 @@ class Checkpoints:
                         f"fault ({type(error).__name__}: {reason}); nothing was changed, so try again with --resume"
                     ) from error
                 newest = newest or f"{type(error).__name__}: {reason}"
-                older = f"going on from step {complete[position - 1]}" if position else "there is none before it"
+                older = f"continuing from step {complete[position - 1]}" if position else "there is none before it"
                 note(f"warning: the checkpoint of step {step} is corrupt, {older} ({type(error).__name__}: {reason})")
                 continue
             for corrupt in complete[position + 1 :]:
@@ -298,7 +298,7 @@ class Checkpoints:
                 )
             missing = sorted(set(names) - set(stored.names) - set(arrays))
             if missing:
-                raise UserError(f"the checkpoint in {self.path} has no {missing[0]}; it is of another model")
+                raise UserError(f"the checkpoint in {self.path} has no {missing[0]}; it belongs to another model")
             arrays |= stored.read({name: _target(wanted[name]) for name in names if name not in arrays})
             return jax.tree.unflatten(structure, [arrays[name] for name in names])
 

@@ -206,7 +206,7 @@ def choice(case: Case) -> Choice:
         try:
             choose(name, problem, shape, shape)
             here = name in ANYWHERE or on_cuda()
-            reasons[name] = None if here else "it needs an NVIDIA GPU, where it would serve the call"
+            reasons[name] = None if here else "it needs an NVIDIA GPU, where it would support the call"
         except NotImplementedError as error:
             reasons[name] = str(error).removeprefix(f"implementation={name!r} cannot run this call: ")
     return Choice(chosen=choose(None, problem, shape, shape).name, reasons=reasons)

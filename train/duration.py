@@ -153,7 +153,7 @@ def estimated(
     if rates is None:
         rates = timed_rates(device, single=2 * whole.float32 > whole.total)
     elif 100 * whole.full_precision > whole.total:
-        why = "it has products of float32 that may not be rounded, of which none were measured; see precision"
+        why = "it has float32 products that must not be rounded, for which no rates were measured; see precision"
         return Estimate(rates=None, why=why)
     counted = range(left, max(0, left - _COUNTED), -1)  # a sample of the steps
     due = [objective.due(step) for step in counted]

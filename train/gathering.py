@@ -26,7 +26,7 @@ class Gathering:
         if self.ahead:
             return "a layer's weights are gathered while the layer before it computes"
         return (
-            f"a layer's weights are gathered beside its own products: while the layer before it computes, a step would "
+            f"a layer's weights are gathered when it computes, not while the layer before it does: a step would then "
             f"take {shown(self.taken or 0)} of {shown(self.available)} on each device"
         )
 

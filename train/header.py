@@ -49,7 +49,7 @@ def run_header(
         f"everything goes to {run.folder}"
     )
     lines.append(
-        f"devices: {_devices(devices)}; the state takes {_bytes(_held(template))} on each, activations come on top"
+        f"devices: {_devices(devices)}; the state takes {_bytes(_held(template))} on each, in addition to activations"
     )
     return lines
 
@@ -135,9 +135,8 @@ def _few_examples(held_out: int, windows: int) -> list[str]:
     """A note if fewer examples are held out than `eval_windows`."""
     if held_out >= windows:
         return []
-    few = f"{held_out} examples are held out: the held-out loss is of all of them"
-    one = "1 example is held out: the held-out loss is of it alone"
-    return [f"note: {few if held_out > 1 else one}, not of --eval-windows {windows}"]
+    few = f"{held_out} examples are" if held_out > 1 else "1 example is"
+    return [f"note: only {few} held out, so the held-out loss uses {held_out} instead of --eval-windows {windows}"]
 
 
 def _devices(devices: Sequence[Any]) -> str:

@@ -196,7 +196,7 @@ class Progress:
         if self._lines and (first or now - self._said >= self._every) and step < self._total:
             self._said = now
             if first:
-                pace = f"the first step took {now - self._began:.1f} s, most of it to compile"
+                pace = f"the first step took {now - self._began:.1f} s, mostly to compile"
             else:
                 rate = (now - self._compiled) / (step - self._start - 1)
                 pace = f"{rate:.3g} s/step, {duration(rate * (self._total - step))} left"

@@ -186,15 +186,15 @@ def _how_to_fit(stored: "WanConfig", settings: "WanConfig") -> str:
     hint = f" Give --preset {fitting[0]}." if fitting and settings != alike else ""
     if stored.in_channels != settings.in_channels:
         hint += (
-            f" The data has {settings.in_channels} channels; --latents takes a folder of what the model's own VAE "
-            f"makes of videos, with {stored.in_channels}."
+            f" The data has {settings.in_channels} channels; give --latents, a folder of latents from the model's own "
+            f"VAE, which have {stored.in_channels}."
         )
     return hint
 
 
 def _not_ours(path: Path, error: ValueError) -> str:
     reason = " ".join(str(error).split())
-    return f"init_from {path} is not a run folder with checkpoints/, and as a Wan model: {reason}"
+    return f"init_from {path} is not a run folder with checkpoints/, and cannot be used as a Wan model: {reason}"
 
 
 def pretrained_parameters(

@@ -297,8 +297,8 @@ class Networks:
             width = getattr(config, "text_dim", wanted)
             if width != wanted:
                 raise UserError(
-                    f"the {name} takes text of width {width}, the {exported} of {wanted}; all networks of a run see "
-                    f"the same text, so give them presets of one width"
+                    f"the {name} takes text of width {width}, the {exported} of {wanted}; all networks of a run get "
+                    f"the same text, so give them presets with the same text_dim"
                 )
 
     @contextlib.contextmanager

@@ -337,7 +337,7 @@ def plan_lines(plan: Plan) -> list[str]:
             lines.append(f"{what}: this backend's compiler does not report the memory of its program")
             continue
         parts = ", ".join(f"{name} {shown(size)}" for name, size in step.memory._asdict().items() if size)
-        lines.append(f"{what}: {shown(step.memory.total)} at most, as its compiler planned it ({parts})")
+        lines.append(f"{what}: {shown(step.memory.total)} at most, as its compiler reports ({parts})")
     if plan.most is not None:
         *others, last = plan.advice or ("a smaller run",)
         advice = f"{', '.join(others)}, or {last}" if others else last

@@ -222,7 +222,7 @@ def read_config(folder: Path) -> TrainConfig | None:
     try:
         return from_dict(TrainConfig, values)
     except UserError as error:
-        raise UserError(f"{path} is not that of a run: {error}") from error
+        raise UserError(f"{path} is not the config.json of a run: {error}") from error
 
 
 def identity(config: TrainConfig, *, fingerprint: str) -> dict[str, Any]:

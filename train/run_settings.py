@@ -98,6 +98,6 @@ class RunConfig:
         if self.mesh is not None:
             MeshShape.parse(self.mesh)
             plain = self.sharding == "replicated"
-            require(plain, f"sharding is {self.sharding}, but mesh {self.mesh} says it too; leave one of them out")
+            require(plain, f"sharding is {self.sharding}, but mesh {self.mesh} defines it too; leave one of them out")
         check_options(self.coordinator, self.processes, self.process)
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in [0, 2**32)")

@@ -142,7 +142,7 @@ def check_trainable(names: Sequence[str], params: Any, frozen: Any, *, option: s
     for pattern in () if tuple(names) == ("all",) else names:
         if not fnmatch.filter(trained, pattern):
             known = ", ".join(sorted({name.split(".")[0] for name in trained + others}))
-            raise UserError(f"{option} is {pattern!r}, which fits no {what}; all, or patterns below {known}")
+            raise UserError(f"{option} is {pattern!r}, which fits no {what}; give all, or patterns below {known}")
 
 
 def as_velocity(graph: nnx.GraphDef, params: Any, frozen: Any) -> Callable[..., Any]:

@@ -72,9 +72,7 @@ def run_summary(folder: Path) -> Summary:
     if usable and settings is not None and network is not None:
         report |= _uses(folder, settings, network, newest.network)
     else:
-        report["taken by"] = (
-            "neither generate nor convert, which take the newest checkpoint that can be read, and its settings"
-        )
+        report["commands"] = "neither generate nor convert: they need config.json and a checkpoint that can be read"
     width = max(12, 1 + max(map(len, report)))
     return Summary([f"{name:<{width}}{value}" for name, value in report.items()], usable)
 
@@ -122,7 +120,7 @@ def _checkpoint(folder: Path, newest: _Newest) -> str:
     if newest.network is None:
         parts.append("none can be read" if steps else "none")
     else:
-        how = "all its numbers are sound" if newest.read else "its numbers were not read"
+        how = "verified" if newest.read else "too large to be verified here"
         parts.append(f"step {newest.network.step}, {how}")
         if older := [step for step in steps if step < newest.network.step]:
             parts.append(f"before it {', '.join(map(str, reversed(older)))}")

@@ -115,7 +115,7 @@ def test_wrong_contents_are_noticed_even_if_they_can_be_read(training, two):
     assert restored is not None
     assert int(restored.step) == 1
     assert len(notes) == 1
-    assert "step 2 is corrupt, going on from step 1" in notes[0]
+    assert "step 2 is corrupt, continuing from step 1" in notes[0]
     assert "checksum of roles.student.params.proj.kernel" in notes[0]
     assert (two / "unreadable_checkpoints/2/state").is_dir()
     assert Checkpoints(two).steps() == [1]
@@ -137,7 +137,7 @@ def test_damaged_data_falls_back(training, two, damage):
     restored = Checkpoints(two).restore(fresh(), check=accept, note=notes.append)
     assert restored is not None
     assert int(restored.step) == 1
-    assert "step 2 is corrupt, going on from step 1" in notes[0]
+    assert "step 2 is corrupt, continuing from step 1" in notes[0]
 
 
 @pytest.mark.parametrize(

@@ -265,9 +265,9 @@ def test_an_end_of_a_learning_rate_that_stays_is_warned_of():
 
 
 def test_fewer_held_out_examples_than_asked_for_are_noted():
-    said = "held out: the held-out loss is of"
-    assert header._few_examples(3, 4) == [f"note: 3 examples are {said} all of them, not of --eval-windows 4"]
-    assert header._few_examples(1, 4) == [f"note: 1 example is {said} it alone, not of --eval-windows 4"]
+    said = "held out, so the held-out loss uses"
+    assert header._few_examples(3, 4) == [f"note: only 3 examples are {said} 3 instead of --eval-windows 4"]
+    assert header._few_examples(1, 4) == [f"note: only 1 example is {said} 1 instead of --eval-windows 4"]
     assert header._few_examples(4, 4) == []
 
 
@@ -435,7 +435,7 @@ def test_an_empty_value_is_no_folder(arguments, name, capsys, tmp_path, monkeypa
 @pytest.mark.parametrize("between", [" ", "="])
 def test_a_mesh_where_none_is_taken(capsys, command, option, between):
     assert cli.main(f"{command} {option}{between}fsdp".split()) == 2
-    said = f"error: monarchrt {command} takes no {option}: it works on one device, also on what a mesh has trained; "
+    said = f"error: monarchrt {command} takes no {option}: it uses one device, also for networks trained on a mesh; "
     assert capsys.readouterr().err == f"{said}leave {option} out\n"
 
 

@@ -247,7 +247,7 @@ def test_a_run_on_bf16_latents_reads_all_of_them_once(read, tmp_path, capsys):
     assert "tile=(2, 2, 3): 2 does not divide the 3" in capsys.readouterr().err
     assert read == []
     assert main(["train", *run, "--steps", "1"]) == 0
-    assert "note: 1 example is held out: the held-out loss is of it alone" in capsys.readouterr().err
+    assert "note: only 1 example is held out, so the held-out loss uses 1" in capsys.readouterr().err
     assert sorted(read) == [f"{index}.safetensors" for index in range(4)]
     assert main(["train", *run, "--steps", "2", "--resume"]) == 0
     assert len(read) == 4

@@ -25,9 +25,9 @@ def test_a_machine_without_a_gpu(capsys, monkeypatch):
     assert "jax                   0.11" in out
     assert "(cpu)" in out
     assert "attention on grid (2, 4, 6), tile (1, 4, 6), 1 heads of 16, bfloat16: xla" in out
-    assert "triton                cannot: it needs an NVIDIA GPU, where it would serve the call" in out
+    assert "triton                not supported: it needs an NVIDIA GPU, where it would support the call" in out
     assert "times as fast" in out
-    assert out.endswith("nothing to mend\n")
+    assert out.endswith("nothing to fix\n")
 
 
 def test_what_is_to_be_mended_is_marked_and_counts(capsys, monkeypatch):
@@ -46,7 +46,7 @@ def test_what_is_to_be_mended_is_marked_and_counts(capsys, monkeypatch):
     assert "! einops                not installed  (pip install 'monarchrt')" in out
     assert "! optax                 0.0.1  (needs >=0.2.8" in out
     assert "  triton                not installed  (pip install 'monarchrt[cuda]', for NVIDIA GPUs only)" in out
-    assert "2 thing(s) to mend" in out
+    assert "2 thing(s) to fix" in out
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_without_a_terminal_a_line_comes_every_so_often(monkeypatch, capsys):
         progress.measured(130, "held-out loss 0.5000")
     assert capsys.readouterr().err.splitlines() == [
         "network: small",
-        "step 101/1000: loss 1.01; the first step took 20.0 s, most of it to compile",
+        "step 101/1000: loss 1.01; the first step took 20.0 s, mostly to compile",
         "step 109/1000: loss 1.09; 4 s/step, 59 min left",
         "step 117/1000: loss 1.17; 4 s/step, 59 min left",
         "step 125/1000: loss 1.25; 4 s/step, 58 min left",

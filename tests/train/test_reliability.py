@@ -97,7 +97,7 @@ def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(baseline, run, t
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     code, stderr = run(["train", "--folder", folder, "--resume"])
     assert code == 0, stderr
-    assert "the checkpoint of step 30 is corrupt, going on from step 28" in stderr
+    assert "the checkpoint of step 30 is corrupt, continuing from step 28" in stderr
     assert "Traceback" not in stderr
     assert history(folder) == history(baseline)
     assert steps_of(folder)[-1] == 30

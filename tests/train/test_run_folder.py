@@ -84,10 +84,10 @@ def test_what_is_left_of_a_run_is_not_run_over(baseline, arguments, tmp_path, ca
     ("files", "said"),
     [
         ({"holiday.jpg": "x"}, "holds other files, and no run"),
-        ({"config.json": '{"_class_name": "WanModel"}', "model.safetensors": "x"}, "config.json is not that of a run"),
+        ({"config.json": '{"_class_name": "WanModel"}', "model.safetensors": "x"}, "is not the config.json of a run"),
         ({"config.json": "[" * 100_000}, "config.json is damaged"),
         ({"config.json": '{"run": ' + "9" * 5000 + "}"}, "config.json is damaged"),
-        ({"config.json": "[1]"}, "config.json is not that of a run"),
+        ({"config.json": "[1]"}, "is not the config.json of a run"),
         ({"config.json": '{"run": {"steps": "many"}}'}, "steps is 'many'; it must be a whole number"),
         ({"config.json": '{"run": {"steps": 2.5}}'}, "steps is 2.5; it must be a whole number"),
         ({"config.json": '{"model": {"tile": [1, 2]}}'}, "tile is [1, 2]; it must have 3 entries"),

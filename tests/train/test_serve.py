@@ -122,7 +122,7 @@ def test_no_folder_for_what_is_sent_and_saved(baseline, capsys, tmp_path, monkey
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
     assert serve("--checkpoint", baseline, "--port", 0) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: no folder can be made for uploads and saved videos (")
+    assert said.startswith("error: no folder can be created for uploads and saved videos (")
     assert said.endswith("; set TMPDIR to one that can be written\n")
 
 
@@ -190,10 +190,10 @@ class TestBench:
         ("options", "message"),
         [
             ([], "there is no GPU, and networks of true size would take hours; give --checkpoint"),
-            (["train"], "what to time is 'train'; there is: monarchrt bench generate"),
+            (["train"], "bench 'train' is unknown; give generate: monarchrt bench generate"),
             (["generate"], "runs/demo/monarch after `monarchrt demo`, or --preset tiny"),
             (["--preset", "huge"], "preset='huge' is unknown"),
-            (["--preset", "tiny", "--checkpoint", "runs/x"], "the checkpoint says its sizes; give one of the two"),
+            (["--preset", "tiny", "--checkpoint", "runs/x"], "the checkpoint defines the sizes; give one of the two"),
             (["--preset", "tiny", "--lora", "x.safetensors"], "but weights are random here; leave it out"),
             (["--preset", "tiny", "--decoder", "x.pth"], "decoder is x.pth, but weights are random here"),
             (["--preset", "tiny", "--mesh", "data=2"], "mesh is data=2, which takes 2 devices, and there is 1"),

@@ -61,7 +61,7 @@ def test_a_run_goes_on_with_another_mesh(baseline, arguments, run, tmp_path):
         ({"mesh": "data=2,rows=2"}, "mesh is 'data=2,rows=2', which has an axis 'rows'"),
         (
             {"mesh": "data=2", "sharding": "fsdp"},
-            "sharding is fsdp, but mesh data=2 says it too; leave one of them out",
+            "sharding is fsdp, but mesh data=2 defines it too; leave one of them out",
         ),
     ],
 )

@@ -38,7 +38,7 @@ def test_a_finished_run(baseline, inspect):
     before = contents(baseline)
     code, said = inspect(baseline)
     assert code == 0
-    assert said["checkpoint"] == "step 30, all its numbers are sound; before it 28, 24"
+    assert said["checkpoint"] == "step 30, verified; before it 28, 24"
     records = [json.loads(line) for line in (baseline / "log.jsonl").read_text().splitlines()]
     losses = [record["held_out_loss"] for record in records if "held_out_loss" in record]
     assert said["held-out"].startswith(f"{losses[-1]:.4f} at step 30; {losses[0]:.4f} at step ")
@@ -59,7 +59,7 @@ def test_a_finished_run(baseline, inspect):
 def test_a_run_written_before_there_were_roles(inspect):
     code, said = inspect(WRITTEN / "run")
     assert code == 0
-    assert said["checkpoint"] == "step 2, all its numbers are sound"
+    assert said["checkpoint"] == "step 2, verified"
     assert said["held-out"] == "2.0461 at step 2"
     assert said["convert"].startswith(f"monarchrt convert {WRITTEN / 'run'} NEW    makes a model of the moving average")
     assert said["generate"].startswith("needs a model that convert made")
@@ -92,7 +92,7 @@ def test_a_checkpoint_that_is_damaged(made, inspect, what):
     DAMAGE[what](made / "checkpoints" / "30")
     code, said = inspect(made)
     assert code == 0
-    assert said["checkpoint"].startswith("step 28, all its numbers are sound; before it 24; that of step 30 cannot be")
+    assert said["checkpoint"].startswith("step 28, verified; before it 24; that of step 30 cannot be")
     assert said["generate"].startswith("monarchrt generate")
     assert "dim 24" in said["model"]
     assert main(["convert", str(made), str(made.parent / "made")]) == 0
@@ -138,7 +138,7 @@ def test_a_save_that_was_cut_off(made, inspect):
     (made / "checkpoints/30").rename(made / "checkpoints/30.orbax-checkpoint-tmp-7")
     code, said = inspect(made)
     assert code == 0
-    assert said["checkpoint"].startswith("step 28, all its numbers are sound; before it 24; 1 being written, or left")
+    assert said["checkpoint"].startswith("step 28, verified; before it 24; 1 being written, or left")
 
 
 def test_other_folders_are_none(tmp_path, capsys, inspect):

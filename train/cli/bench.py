@@ -61,10 +61,10 @@ def bench_command(arguments: Sequence[str]) -> int:
     if given[:1] == ["generate"]:
         given = given[1:]
     elif given and not given[0].startswith("-"):
-        raise UserError(f"what to time is {given[0]!r}; there is: monarchrt bench generate")
+        raise UserError(f"bench {given[0]!r} is unknown; give generate: monarchrt bench generate")
     options = parse(BenchOptions, given, prog="monarchrt bench generate", description=_BENCH)
     if options.checkpoint is not None and options.preset is not None:
-        raise UserError(f"preset is {options.preset}, but the checkpoint says its sizes; give one of the two")
+        raise UserError(f"preset is {options.preset}, but the checkpoint defines the sizes; give one of the two")
     with finish_first():
         import jax
 

@@ -68,7 +68,7 @@ def doctor_command(arguments: Sequence[str]) -> int:
 
         case = cases[0] if config.grid or jax.default_backend() == "gpu" else SMALL
         _show_speed(case, doctor.speed(case))
-    print(f"\n{wrong} thing(s) to mend, marked with !" if wrong else "\nnothing to mend")
+    print(f"\n{wrong} thing(s) to fix, marked with !" if wrong else "\nnothing to fix")
     return 1 if wrong else 0
 
 
@@ -94,7 +94,7 @@ def _show_choice(case: Case, choice: Choice) -> None:
     call = f"grid {case.grid}, tile {case.tile}, {case.heads} heads of {case.head_dim}, bfloat16"
     print(f"\nattention on {call}: {choice.chosen}")
     for name, reason in choice.reasons.items():
-        print(f"  {name:<22}{'can serve it' if reason is None else f'cannot: {reason}'}")
+        print(f"  {name:<22}{'supported' if reason is None else f'not supported: {reason}'}")
 
 
 def _show_speed(case: Case, speed: Speed) -> None:

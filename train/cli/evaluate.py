@@ -50,7 +50,7 @@ def _vbench(arguments: Sequence[str]) -> int:
     from monarchrt.train.evaluation.vbench import write_videos
 
     made, there = write_videos(config)
-    say(f"{made} videos were made, {there} were there, in {config.out}")
+    say(f"{made} videos were generated in {config.out}, {there} existed already")
     return 0
 
 
@@ -77,5 +77,5 @@ def _scores(arguments: Sequence[str]) -> int:
     )
     for title, result in results.items():
         if result.missing:
-            say(f"{title}: not there, so that scores that need them are left out: {', '.join(result.missing)}")
+            say(f"{title}: dimensions without results, whose scores are left out: {', '.join(result.missing)}")
     return 0

@@ -123,7 +123,7 @@ def _no_mesh(kind: type, arguments: Sequence[str], options: dict[str, Any]) -> s
     if given is None or any(field.name == "mesh" or dataclasses.is_dataclass(field.type) for field in fields):
         return None
     option, command = given.partition("=")[0], options.get("prog", "this command")
-    return f"{command} takes no {option}: it works on one device, also on what a mesh has trained; leave {option} out"
+    return f"{command} takes no {option}: it uses one device, also for networks trained on a mesh; leave {option} out"
 
 
 def last_value(arguments: Sequence[str], option: str) -> str | None:

@@ -153,7 +153,7 @@ def serve_command(arguments: Sequence[str]) -> int:
             pass
     except OSError as error:
         raise UserError(
-            f"no folder can be made for uploads and saved videos ({error}); set TMPDIR to one that can be written"
+            f"no folder can be created for uploads and saved videos ({error}); set TMPDIR to a writable folder"
         ) from error
     begin = time.monotonic()
     begins = None if options.begin is None else [frames for frames in options.begin if frames]

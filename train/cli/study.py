@@ -84,10 +84,10 @@ def _tiles(config: TilesConfig) -> None:
     print_table(["", "tile", "density", "time", "error", "video"], rows)
     for point in result["points"]:
         if "no_video" in point:
-            say(f"{point['label']} made no video: {point['no_video']}")
+            say(f"{point['label']}: no video: {point['no_video']}")
     filmed = any("video_front" in point for point in result["points"])
-    likewise = "; + likewise by the videos that there are" if filmed else ""
-    say(f"time: {result['unit']}; * none is both faster and nearer to dense attention{likewise}. These make videos so:")
+    also = "; +: likewise for time and PSNR of the videos" if filmed else ""
+    say(f"time: {result['unit']}; *: on the Pareto front of time and error{also}. To generate videos with these tiles:")
     for point in result["points"]:
         if point["front"] or point.get("video_front"):
             say(f"  {point['command']}")

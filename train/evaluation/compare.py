@@ -260,8 +260,8 @@ def _check_sides(config: EvaluateConfig, material: Material, measures: dict) -> 
         if min(height, width) < least:
             option = "--ffmpeg" if name == "vmaf" else "--lpips"
             raise UserError(
-                f"frames are {height} x {width}, and {name} needs {least} pixels a side; leave {option} out, or make "
-                f"larger videos"
+                f"frames are {height} x {width}, but {name} needs at least {least} pixels per side; leave {option} "
+                f"out, or make larger videos"
             )
 
 

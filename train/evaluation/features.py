@@ -83,7 +83,7 @@ def read_features(path: Path) -> FeatureNetwork:
             depths = jax.eval_shape(run, frame, network.parameters)
             if tuple(depth.shape[-1] for depth in depths) == network.widths:
                 return network
-    raise UserError(f"features: {path} is none of the networks that can be used; give {EXPECTED}")
+    raise UserError(f"features: {path} is not a supported network; give {EXPECTED}")
 
 
 def _is_lite0(arrays: dict[str, np.ndarray]) -> bool:

@@ -57,7 +57,10 @@ class LPIPS(NamedTuple):
         check_same(video, reference)
         smallest, least = min(video.shape[1:3]), SMALLEST[self.network]
         if smallest < least:
-            raise UserError(f"lpips: frames are {video.shape[1]} x {video.shape[2]}, and {self.network} needs {least}")
+            raise UserError(
+                f"lpips: frames are {video.shape[1]} x {video.shape[2]}, but {self.network} needs at least {least} "
+                f"pixels per side; leave --lpips out, or make larger videos"
+            )
         weights = self.convolutions, self.linear
         pairs = zip(video, reference, strict=True)
         return np.array([float(_distance(self.network, *weights, a[None], b[None])) for a, b in pairs])

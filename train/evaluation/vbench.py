@@ -96,7 +96,9 @@ class VBenchConfig:
             )
         number, count = self.part
         if not 0 <= number < count:
-            raise UserError(f"part is {number} of {count}; the first number is from 0 on and below the second")
+            raise UserError(
+                f"part is {number} {count}; the first number must be at least 0 and below the second, such as 2 8"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

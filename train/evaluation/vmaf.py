@@ -73,7 +73,8 @@ def _check(video: Video, reference: Video) -> None:
     height, width = video.shape[1:3]
     if min(height, width) < SMALLEST:
         raise UserError(
-            f"vmaf: frames are {height} x {width}, and libvmaf needs {SMALLEST} pixels a side; leave --ffmpeg out"
+            f"vmaf: frames are {height} x {width}, but libvmaf needs at least {SMALLEST} pixels per side; leave "
+            f"--ffmpeg out"
         )
 
 

@@ -204,7 +204,7 @@ class DMDObjective(GuidedObjective):
         block = getattr(getattr(student, "config", None), "causal_block", None)
         if block is not None:
             raise UserError(
-                f"the student's causal_block is {block}, but {self.settings.name} makes whole clips at once; give "
+                f"the student's causal_block is {block}, but {self.settings.name} generates whole clips at once; give "
                 f"--objective self-forcing, or a student without causal_block"
             )
         early = detached(student)

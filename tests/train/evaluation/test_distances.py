@@ -156,7 +156,7 @@ class TestNetworks:
         for name, other in (("_bn1.bias", None), ("_blocks.3._expand_conv.weight", torch.zeros(144, 7, 1, 1))):
             kept = {key: x for key, x in (state | {name: other}).items() if x is not None}
             torch.save(kept, tmp_path / "b.pth", _use_new_zipfile_serialization=False)
-            with pytest.raises(UserError, match=r"b.pth is none of the networks that can be used; give Efficient"):
+            with pytest.raises(UserError, match=r"b.pth is not a supported network; give Efficient"):
                 read_features(tmp_path / "b.pth")
 
     def test_alexnet_sees_what_lpips_looks_at(self, tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ class TestNetworks:
         with pytest.raises(UserError, match=r"none\.pth is not a file; give EfficientNet-Lite0's weights"):
             read_features(tmp_path / "none.pth")
         torch.save({"_conv_stem.weight": torch.zeros(2)}, tmp_path / "a.pth")
-        with pytest.raises(UserError, match=r"a\.pth is none of the networks that can be used; give"):
+        with pytest.raises(UserError, match=r"a\.pth is not a supported network; give"):
             read_features(tmp_path / "a.pth")
 
 

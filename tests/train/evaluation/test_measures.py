@@ -186,7 +186,7 @@ def test_vmaf_is_asked_of_the_video_first(clips, tmp_path):
     )
     ffmpeg.chmod(0o755)
     assert vmaf(*clips, ffmpeg=ffmpeg) == [1.0, 0.0]  # the first of libvmaf's inputs is the distorted one
-    with pytest.raises(UserError, match="vmaf: frames are 24 x 16, and libvmaf needs 17 pixels a side"):
+    with pytest.raises(UserError, match="vmaf: frames are 24 x 16, but libvmaf needs at least 17 pixels per side"):
         vmaf(*(clip[:, :, :16] for clip in clips), ffmpeg=ffmpeg)
     ffmpeg.write_text(f"#!{sys.executable}\nraise SystemExit(3)\n")
     with pytest.raises(UserError, match="did not compute VMAF: it ended with 3 and said nothing"):
@@ -229,7 +229,7 @@ def test_vmaf(sharp_and_blurred):
 
 
 def test_vmaf_by_pyav_refuses_what_it_cannot_take(clips):
-    with pytest.raises(UserError, match="vmaf: frames are 24 x 16, and libvmaf needs 17 pixels a side"):
+    with pytest.raises(UserError, match="vmaf: frames are 24 x 16, but libvmaf needs at least 17 pixels per side"):
         vmaf_by_pyav(*(clip[:, :, :16] for clip in clips))
 
 
@@ -305,7 +305,7 @@ class TestVBench:
         assert main(["evaluate", "scores", "--results", str(tmp_path)]) == 0
         captured = capsys.readouterr()
         assert (
-            f"{tmp_path.name}: not there, so that scores that need them are left out: {', '.join(SEMANTIC)}"
+            f"{tmp_path.name}: dimensions without results, whose scores are left out: {', '.join(SEMANTIC)}"
             in captured.err
         )
         assert "quality" in captured.out

@@ -274,8 +274,8 @@ def test_both_fronts_are_printed_and_drawn(tmp_path, monkeypatch, capsys):
     marks = {label.strip(): mark.strip() for mark, label, *_ in rows}
     assert marks == {"a": "*+", "b": "+", "c": "*", "d": ""}
     assert [line.split()[-1] for line in said.err.splitlines() if "command" in line] == ["a", "b", "c"]
-    assert "c made no video: why not" in said.err
-    assert "+ likewise by the videos that there are. These make" in said.err
+    assert "c: no video: why not" in said.err
+    assert "; +: likewise for time and PSNR of the videos. To generate" in said.err
     drawn = []
     monkeypatch.setattr(pictures, "_saved", lambda figure, path: drawn.append(figure) or path)
     pictures.draw_front(tmp_path / "a.png", points, unit="unit")
