@@ -26,8 +26,8 @@ class Gathering:
         if self.ahead:
             return "a layer's weights are gathered while the layer before it computes"
         return (
-            f"a layer's weights are gathered when it computes, not while the layer before it does: a step would then "
-            f"take {shown(self.taken or 0)} of {shown(self.available)} on each device"
+            f"a layer's weights are gathered when it computes: gathered while the layer before it computes, a step "
+            f"would take {shown(self.taken or 0)} of {shown(self.available)} on each device"
         )
 
 

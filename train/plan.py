@@ -217,7 +217,7 @@ def role_plans(
     config: TrainConfig, *, objective: Objective, networks: Networks, placement: Placement,
     batches: Mapping[tuple[str, ...], Mapping[str, Batch]],
 ) -> tuple[RolePlan, ...]:  # fmt: skip
-    """Plans the memory of each network without compiling. The arguments are those of `make_plan`."""
+    """Plans the memory of each network, without compiling; arguments are those of `make_plan`."""
     seen = {role: batch for several in batches.values() for role, batch in several.items()}
     return tuple(_network(name, config, objective, networks, placement, seen.get(name)) for name in networks.graphs)
 
@@ -226,7 +226,7 @@ def step_plans(
     networks: Networks, *, placement: Placement, step_fn: StepFn,
     batches: Mapping[tuple[str, ...], Mapping[str, Batch]],
 ) -> tuple[StepPlan, ...]:  # fmt: skip
-    """Compiles each distinct step. The arguments are those of `make_plan`."""
+    """Compiles each distinct step and reports its memory; arguments are those of `make_plan`."""
     return tuple(_step(roles, networks.template, placement, step_fn, several) for roles, several in batches.items())
 
 

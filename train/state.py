@@ -258,7 +258,17 @@ def create_state(roles: Mapping[str, RoleState], *, seed: int) -> TrainState:
 
 
 def update_ema(ema: Any, params: Any, step: Int[Array, ""], config: OptimizerConfig) -> Any:
-    """The moving average after `step` steps: a copy of the parameters until `ema_start`, then decayed towards them."""
+    """Updates the moving average of parameters.
+
+    Args:
+        ema: The average before the step; None if there is none.
+        params: The parameters after the step.
+        step: Number of the step, counted from 1.
+        config: Settings of the optimizer, of which `ema_decay` and `ema_start` are used.
+
+    Returns:
+        A copy of the parameters up to step `ema_start`, and then decay * ema + (1 - decay) * params.
+    """
     if ema is None or config.ema_decay is None:
         return ema
     decay = jnp.where(step <= config.ema_start, 0.0, config.ema_decay)

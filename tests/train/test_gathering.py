@@ -114,5 +114,5 @@ def test_what_does_not_fit_is_left_off_and_said(command, made, tmp_path, monkeyp
     assert main([*command, "--remat", remat]) == 0
     assert not made[-1]
     said = capsys.readouterr().err
-    assert "note: a layer's weights are gathered when it computes, not while the layer before" in said
+    assert "note: a layer's weights are gathered when it computes: gathered while the layer before" in said
     assert "KiB of 128 KiB on each device" in said

@@ -108,7 +108,18 @@ def few_steps(config: TrainConfig) -> Sampling:
 
 
 def make_clips(network: nnx.Module, sampling: Sampling, like: Batch, *, count: int, seed: int) -> np.ndarray:
-    """Samples clips [count, F, h, w, C] in batches; the noise is a function of the seed."""
+    """Samples clips of a network in batches.
+
+    Args:
+        network: The network.
+        sampling: Its sampler.
+        like: Examples that define the shape of clips, the texts, and the size of a batch.
+        count: Number of clips.
+        seed: Seed of the noise.
+
+    Returns:
+        Clips [count, F, h, w, C].
+    """
     graph, params = nnx.split(network)
     run = jax.jit(lambda params, key, text: sampling(nnx.merge(graph, params), key, like._replace(text=text)))
     keys = jax.random.split(jax.random.key(seed), -(-count // len(like.text)))
@@ -180,8 +191,18 @@ def sampled_with(rows: Mapping[str, Row]) -> str:
 
 
 def draw_curves(path: Path, rows: Mapping[str, Row], runs: Mapping[str, TrainConfig]) -> Path:
-    """Plots the distances of all networks, and from the logs of the runs the critic's loss and the mean difference of
-    critic and teacher on the student's clips."""
+    """Plots the distances of all networks, and curves from the logs of the runs.
+
+    The curves are the critic's loss, and the mean difference of critic and teacher on the student's clips.
+
+    Args:
+        path: The png file to write.
+        rows: Measures by network.
+        runs: Settings of the runs, by name.
+
+    Returns:
+        The path.
+    """
     figure, (bars, critic, apart) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     names = list(rows)[::-1]
     bars.barh([rows[name].label for name in names], [rows[name].distance for name in names], color="#4c72b0")

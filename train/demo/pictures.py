@@ -150,7 +150,17 @@ def _draw_rows(figure: Any, rows: Mapping[str, np.ndarray], grid: tuple[int, ...
 
 
 def attention_map(model: WanModel, latents: jnp.ndarray, timesteps: jnp.ndarray, text: jnp.ndarray) -> np.ndarray:
-    """The attention map of the last layer for the first sample, [heads, N, N], whose rows sum to 1."""
+    """Computes the attention map of the last layer for the first sample.
+
+    Args:
+        model: The network.
+        latents: Latents [B, F, h, w, C].
+        timesteps: Timesteps [B, F].
+        text: Text embeddings [B, L, D].
+
+    Returns:
+        The map of each head, [heads, N, N], whose rows sum to 1.
+    """
     layer = model.config.num_layers - 1
     setting = model.config.layer_attention[layer]
 

@@ -421,7 +421,13 @@ def _losses(config: EvaluateConfig, subject: Subject, settings: list[Attention])
 
 
 def loss_terms(subject: Subject, setting: Attention, config: Any) -> np.ndarray:
-    """The terms of the held-out loss with a setting; `config` has `windows`, `timesteps` and `batch`."""
+    """Computes the terms of the held-out loss with an attention setting.
+
+    Args:
+        subject: Network and examples.
+        setting: The attention setting.
+        config: Settings with `windows`, `timesteps` and `batch`, as for `held_out_terms`.
+    """
     with user_input():
         return held_out_terms(
             subject.model.with_attention(setting),

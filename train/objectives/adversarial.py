@@ -68,7 +68,15 @@ def student_loss(fake: Float[Array, "b"], real: Float[Array, "b"] | None = None)
 def discriminator_loss(
     fake: Float[Array, "b"], real: Float[Array, "b"], *, relativistic: bool = False
 ) -> Float32[Array, ""]:
-    """Loss of the discriminator, from logits of the student's clips and of real ones.
+    """Loss of the discriminator.
+
+    Args:
+        fake: Logits of the student's clips.
+        real: Logits of real clips.
+        relativistic: Whether to use the relativistic loss.
+
+    Returns:
+        Mean of softplus(fake) + softplus(-real), or of softplus(fake - real).
 
     Examples:
         >>> round(float(discriminator_loss(jnp.zeros(2), jnp.zeros(2))), 4)

@@ -65,7 +65,15 @@ def noise_levels(config: FlowConfig) -> NoiseLevels:
 def add_noise(
     latents: Float[Array, "b f h w c"], noise: Float[Array, "b f h w c"], sigma: Float[Array, "b"] | Float[Array, "b f"]
 ) -> Float[Array, "b f h w c"]:
-    """Mixes latents and noise: x_t = (1 - sigma) x0 + sigma eps, with one sigma for each sample or each frame.
+    """Mixes latents and noise, x_t = (1 - sigma) x0 + sigma eps.
+
+    Args:
+        latents: Clean latents x0.
+        noise: Unit Gaussian noise eps.
+        sigma: Noise level of each sample, or of each frame.
+
+    Returns:
+        Noisy latents x_t.
 
     Examples:
         >>> one = jnp.ones((1, 1, 1, 1, 1))
@@ -220,7 +228,13 @@ def evaluation_indices(config: FlowConfig, level: int, count: int, frames: int) 
     """Indices of the noise levels of a held-out example in round `level` of `count`: one, or one for each frame.
 
     If runs of frames have levels of their own, run g has index (level + g * (count // 2 + 1)) mod count, so that
-    neighbouring runs differ much, and every run has every level once over all rounds.
+    neighboring runs differ much, and every run has every level once over all rounds.
+
+    Args:
+        config: Settings of the objective.
+        level: Number of the round, from 0.
+        count: Number of rounds, and of evaluation levels.
+        frames: Number of frames of an example.
 
     Examples:
         >>> [evaluation_indices(FlowConfig(frames_per_level=1), level, 4, 3).tolist() for level in (0, 1)]

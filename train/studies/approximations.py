@@ -48,7 +48,15 @@ def error_of(approximation: Map, exact: Map) -> Error:
 
 
 def dense_map(query: Float[np.ndarray, "N d"], key: Float[np.ndarray, "K d"], *, scale: float | None = None) -> Map:
-    """The attention map of one head, softmax(scale * query key^T), float32; the default scale is d ** -0.5.
+    """The attention map of one head, softmax(scale * query key^T).
+
+    Args:
+        query: Queries [N, d].
+        key: Keys [K, d].
+        scale: Scale of the scores; None for d ** -0.5.
+
+    Returns:
+        The map [N, K], float32.
 
     Examples:
         >>> dense_map(np.zeros((2, 4)), np.zeros((2, 4))).tolist()

@@ -8,7 +8,18 @@ from monarchrt.models.errors import UserError
 
 
 def check_numbers(name: str, values: tuple[float, ...], low: int, high: int, example: str) -> None:
-    """Raises UserError unless there are values, all of them above `low` and at most `high`."""
+    """Checks the values of a setting.
+
+    Args:
+        name: Name of the setting.
+        values: Its values.
+        low: Bound that values must exceed.
+        high: Largest value.
+        example: Valid values, for the message.
+
+    Raises:
+        UserError: If there are no values, or one is out of range.
+    """
     if not values:
         raise UserError(f"{name} is empty; give one or more, such as {example}")
     for value in values:

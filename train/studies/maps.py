@@ -254,7 +254,16 @@ def _cropped(
 
 
 def crop(tokens: np.ndarray, grid: tuple[int, int, int], part: tuple[int, int, int]) -> np.ndarray:
-    """Selects the first frames, rows and columns of tokens [F*h*w, d]."""
+    """Selects the first frames, rows and columns of tokens.
+
+    Args:
+        tokens: Tokens [F*h*w, d].
+        grid: Token grid (F, h, w).
+        part: Number of frames, rows and columns to select.
+
+    Returns:
+        The selected tokens, in their order.
+    """
     whole = tokens.reshape(*grid, -1)
     return whole[: part[0], : part[1], : part[2]].reshape(-1, whole.shape[-1])
 

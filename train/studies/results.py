@@ -18,6 +18,11 @@ from monarchrt.models.files import growing
 def claim_results(folder: Path, names: Iterable[str], *, overwrite: bool) -> None:
     """Checks, before anything is computed, that results can be written, and creates the folder.
 
+    Args:
+        folder: Folder of the results.
+        names: Names of the result files.
+        overwrite: Whether existing results may be replaced.
+
     Raises:
         UserError: If the path is a file, the folder cannot be created, or it already has one of the result files.
     """
@@ -57,6 +62,11 @@ def _finite(value: Any) -> Any:
 @contextlib.contextmanager
 def progress(label: str, total: int, *, quiet: bool) -> Iterator[Any]:
     """Shows a progress bar on a terminal.
+
+    Args:
+        label: Name of the items.
+        total: Number of items.
+        quiet: Whether to show no bar.
 
     Yields:
         A function (done=1, words=None) that advances the bar and describes the current item.

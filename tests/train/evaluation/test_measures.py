@@ -143,7 +143,7 @@ class TestLPIPS:
         np.testing.assert_allclose(found(video, reference), expected.numpy(), rtol=2e-4)
         assert found(video, video).tolist() == [0.0, 0.0]
         smallest = {"alex": 31, "vgg": 16}[name]
-        with pytest.raises(UserError, match=f"lpips: frames are 8 x 36, and {name} needs {smallest}"):
+        with pytest.raises(UserError, match=f"lpips: frames are 8 x 36, but {name} needs at least {smallest}"):
             found(video[:, :8], reference[:, :8])
 
     def test_files_that_do_not_fit(self, network, tmp_path):
