@@ -53,7 +53,13 @@ class Source(Protocol):
         ...
 
     def train_batch(self, step: int, batch: int, seed: int) -> Batch:
-        """The batch of a step, counted from 0: a pure function of its arguments, called in another thread."""
+        """The batch of a step: a pure function of its arguments, called in another thread.
+
+        Args:
+            step: Number of the batch, counted from 0.
+            batch: Number of examples.
+            seed: Seed of order and augmentation.
+        """
         ...
 
     def held_out_batch(self, indices: Sequence[int]) -> Batch:
@@ -66,7 +72,14 @@ class ReadsParts(Protocol):
     """Base class of sources that can read a part of a batch, for a process whose devices hold only that part."""
 
     def train_part(self, step: int, batch: int, seed: int, rows: range) -> Batch:
-        """The examples of `train_batch` at `rows`, without reading the others."""
+        """The examples of `train_batch` at `rows`, without reading the others.
+
+        Args:
+            step: Number of the batch, counted from 0.
+            batch: Number of examples of the whole batch.
+            seed: Seed of order and augmentation.
+            rows: Positions in the batch.
+        """
         ...
 
     def train_batch(self, step: int, batch: int, seed: int) -> Batch:

@@ -50,13 +50,19 @@ class Failure:
         self._several = len(config.objective.roles) > 1
 
     def of_metrics(self, role: str, step: int, values: Mapping[str, float]) -> NonFiniteError:
-        """The error for a role's loss or gradient norm, from the metrics of a step."""
+        """The error for a role's loss or gradient norm.
+
+        Args:
+            role: Name of the role.
+            step: Number of the step.
+            values: Metrics of the role at this step.
+        """
         name = "loss" if not np.isfinite(values["loss"]) else "grad_norm"
         what = f"{name.replace('grad_norm', 'gradient norm')} is {values[name]}"
         return self._make(f"the {role}'s {what}" if self._several else what, role, step, values["learning_rate"])
 
     def of_parameters(self, role: str, step: int) -> NonFiniteError:
-        """The error for a role's parameters, their average or the optimizer's moments."""
+        """The error for a role's parameters, their average or the optimizer's moments after a step."""
         what = f"a parameter of the {role} is not finite" if self._several else "a parameter is not finite"
         return self._make(what, role, step, self._config.trained(role).learning_rate)
 

@@ -147,7 +147,20 @@ class Measured:
     def add(
         self, name: str, label: str, network: Any, sampling: Sampling, *, steps: int, stored: float, parameters: str
     ) -> Row:
-        """Samples clips of a network and measures them."""
+        """Samples clips of a network and measures them.
+
+        Args:
+            name: Name of the row.
+            label: Label of the network.
+            network: The network.
+            sampling: Its sampler.
+            steps: Network calls per clip, or per block.
+            stored: Fraction of the attention map that is stored.
+            parameters: The parameters of the network, in words.
+
+        Returns:
+            The measures, which are also added to `rows`.
+        """
         clips = make_clips(network, sampling, self._like, count=self._count, seed=self._seed)
         there = self._reference
         motion = lambda x: float(np.abs(np.diff(x, axis=1)).mean())  # noqa: E731

@@ -83,7 +83,13 @@ class Objective(abc.ABC):
         digests: Path | None = None,
         encode: bool = True,
     ) -> Source:
-        """Opens the data of a config. Default: `monarchrt.train.sources.open_source`, with the same arguments.
+        """Opens the data of a config. Default: `monarchrt.train.sources.open_source`.
+
+        Args:
+            config: Settings of the data.
+            text_shape: Shape (L, D) of the text embeddings of a video, which are zero.
+            digests: File with digests of an earlier start, as for `LatentFolder`.
+            encode: Whether to encode texts that are not encoded yet; otherwise their embeddings are zero.
 
         Raises:
             UserError: If the data cannot be used, or are prompts alone and the objective needs clips.
@@ -151,7 +157,10 @@ class Objective(abc.ABC):
         return {"forward": None}
 
     def turns(self, role: str) -> float:
-        """Mean number of iterations of the loops in a role's loss whose number of iterations is drawn. Default: 1."""
+        """Mean number of iterations of the loops in a role's loss whose number of iterations is drawn. Default: 1.
+
+        It is used to estimate the time of an update.
+        """
         return 1.0
 
     def typical(self, role: str, draws: Any) -> Any:
@@ -162,9 +171,14 @@ class Objective(abc.ABC):
         return draws
 
     def cache(self, role: str, networks: Networks, batch: Batch) -> Any:
-        """Arrays or shapes that a role's loss keeps in memory while it generates a clip, to estimate memory.
+        """Arrays that a role's loss keeps in memory while it generates a clip, such as keys and values.
 
-        Default: None, for none.
+        It is traced to estimate the memory of an update. Default: None, for none.
+
+        Args:
+            role: A role that trains.
+            networks: All networks.
+            batch: Examples.
         """
         return None
 
@@ -193,7 +207,13 @@ class Objective(abc.ABC):
     def held_out_errors(self, networks: Networks, batch: Batch, draws: Any) -> Mapping[str, Array]:
         """The errors of one call by role, which are averaged with the weights of `held_out`. Default: the losses.
 
-        It is compiled, so it must be traceable by JAX.
+        Args:
+            networks: All networks, with their evaluated parameters.
+            batch: Examples of the call.
+            draws: Draws of the call.
+
+        Returns:
+            Errors by role, of a shape to which the weights of `held_out` can be broadcast.
         """
         return {role: self.loss(role, networks, batch, draws[role])[0] for role in self.settings.training}
 

@@ -198,6 +198,11 @@ class DMDObjective(GuidedObjective):
     def samples(self, student: Any, text: Array, draws: StudentDraws) -> Float32[Array, "b f h w c"]:
         """Clips of the student, with gradients through the last step only.
 
+        Args:
+            student: The student.
+            text: Text embeddings [B, L, D].
+            draws: Draws of the sampler.
+
         Raises:
             UserError: If the student is causal; `self-forcing` is the objective for such networks.
         """

@@ -106,7 +106,13 @@ class SelfForcingObjective(DMDObjective):
         return self._empty(student, jnp.asarray(batch.text), (frames, height, width))
 
     def samples(self, student: Any, text: Array, draws: Any) -> Float32[Array, "b f h w c"]:
-        """Clips of the student, with gradients through the last step of each block only."""
+        """Clips of the student, with gradients through the last step of each block only.
+
+        Args:
+            student: A causal `WanModel`.
+            text: Text embeddings [B, L, D].
+            draws: Draws of the roll-out.
+        """
         rolled = self.roll_out(detached(student), text, draws)
         return self.replay(student, text, rolled, draws.last, draws.first)
 
