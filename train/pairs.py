@@ -15,6 +15,7 @@ from monarchrt.models.files import locked, remove_abandoned
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.train.config import DataConfig
 from monarchrt.train.data import LatentFolder
+from monarchrt.train.objectives.settings import check_shift, check_steps
 from monarchrt.train.pair_folder import Made
 
 if TYPE_CHECKING:
@@ -91,8 +92,7 @@ class PairsConfig:
         for name in ("steps", "batch", *(("count",) if self.count is not None else ())):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 < self.shift < float("inf"):
-            raise UserError(f"shift is {self.shift}; it must be positive and finite, for example 5.0")
+        check_shift(self.shift)
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}; it must lie in [0, 2**32)")  # JAX would wrap others around
         if self.guidance is not None and not 0 <= self.guidance < float("inf"):
@@ -122,11 +122,7 @@ class PairsConfig:
             UserError: If the student's steps do not decrease, or one is not among the solver's.
         """
         steps = self.student_steps
-        if not steps or list(steps) != sorted(set(steps), reverse=True) or not 0 < steps[-1] <= steps[0] <= 1000:
-            shown = " ".join(map(str, steps)) or "empty"
-            raise UserError(
-                f"student_steps is {shown}; give decreasing timesteps from 1000 to 1, such as 1000 750 500 250"
-            )
+        check_steps(steps)
         for step in steps:
             if (1000 - step) * self.steps % 1000:
                 least = min(n for n in range(1, 1001) if all((1000 - s) * n % 1000 == 0 for s in steps))

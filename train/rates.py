@@ -17,9 +17,9 @@ DEVICES = {
     "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12),
 }
 MEASURED = "NVIDIA H200"
-# fractions of these rates that training steps reach on an H200, fitted to their times, which include everything else
+# fractions of these rates that steps reach on an H200, by their measured times, which include everything else
 PRODUCTS, ATTENTION, MEMORY = 0.43, 0.60, 0.60
-RANGE = (0.8, 1.25)  # times of all measured steps relative to their estimates
+RANGE = (0.8, 1.25)  # range of the times of all measured steps, relative to their estimates
 SINGLE = 2.0  # time of a float32 product, as TensorFloat-32, relative to bfloat16
 _SIDE = {"cpu": 1024}  # side of the matrices whose product is timed on an unknown device, by platform
 _LARGE = 8192  # the same for other platforms

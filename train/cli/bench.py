@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.train.cli.parsing import parse
 from monarchrt.train.cli.serve import VideoOptions
+from monarchrt.train.cli.tables import say
 from monarchrt.train.interrupt import finish_first
 
 _BENCH = """Time video generation block by block: cold and steady, percentiles, stages, and whether playback stalls.
@@ -85,9 +85,6 @@ def bench_command(arguments: Sequence[str]) -> int:
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(GenerateConfig)}
     )
     begin = time.monotonic()
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
 
     make = load_engine if preset is None else partial(random_engine, preset=preset)
     engine = make(config, unroll=options.unroll, report=say)

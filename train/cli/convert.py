@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.runs import RunSettings, find_run
 from monarchrt.train.cli.parsing import POSITIONAL, parse
+from monarchrt.train.cli.tables import say
 
 if TYPE_CHECKING:
     from monarchrt.models.lora import LoRA
@@ -47,10 +48,10 @@ def convert_command(arguments: Sequence[str]) -> int:
             written = _convert_lora(options, file)
         else:
             _check_model_format(options)
-            loras = open_loras(options.lora, report=_say)
+            loras = open_loras(options.lora, report=say)
             written = options.run(progress, adapt=lambda source: with_loras(source, loras))
     if options.to == "torch":
-        _say(f"note: {written} holds no settings; give attention, blocks, shift and steps when using it")
+        say(f"note: {written} holds no settings; give attention, blocks, shift and steps when using it")
     print(written)
     return 0
 
@@ -70,7 +71,7 @@ def _convert_lora(options: "ConvertOptions", file: Path) -> Path:
     from monarchrt.models.lora.reading import open_lora
 
     refuse_of_a_lora(options.src, options)
-    return _write_lora(options, open_lora(file, warn=_say))
+    return _write_lora(options, open_lora(file, warn=say))
 
 
 def _convert_run_of_a_lora(options: "ConvertOptions", run: RunSettings) -> Path:
@@ -91,10 +92,6 @@ def _write_lora(options: "ConvertOptions", lora: "LoRA") -> Path:
     if options.to not in _OF_LORAS:
         raise UserError(f"to is {options.to!r}, but {lora.path} is a LoRA; choose from {', '.join(_OF_LORAS)}")
     return rewrite_lora(lora, options.dst, format=_OF_LORAS[options.to], dtype=options.dtype)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def refuse_of_a_lora(path: str, options: Any) -> None:
@@ -122,7 +119,7 @@ def _convert_run(options: "ConvertOptions", run: RunSettings) -> Path:
 
     refuse_of_a_run(options.src, options)
     _check_model_format(options)
-    loras = open_loras(options.lora, report=_say)
+    loras = open_loras(options.lora, report=say)
     model = merged(run_network(run), loras)
     said = as_trained(AsTrained(model.config, run.generation.sampler == "few-step", trained_as(run)), loras)
     if loras:

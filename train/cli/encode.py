@@ -1,9 +1,9 @@
 """`monarchrt encode`: encodes clips and captions into latents and embeddings for finetuning."""
 
-import sys
 from collections.abc import Sequence
 
 from monarchrt.train.cli.parsing import parse
+from monarchrt.train.cli.tables import say
 
 _ENCODE = """Encode captioned clips with Wan's VAE and text encoder, once, for `monarchrt train --latents`.
 
@@ -16,5 +16,5 @@ def encode_command(arguments: Sequence[str]) -> int:
 
     options = parse(EncodeConfig, arguments, prog="monarchrt encode", description=_ENCODE)
     files = encode_clips(options)
-    print(f"{len(files)} clips are in {options.out}", file=sys.stderr)
+    say(f"{len(files)} clips are in {options.out}")
     return 0

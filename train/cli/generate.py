@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from monarchrt.models.generate.config import (
 from monarchrt.models.processes.joining import joined
 from monarchrt.models.processes.place import Place, find_place
 from monarchrt.train.cli.parsing import last_value, parse
+from monarchrt.train.cli.tables import say
 from monarchrt.train.interrupt import finish_first
 
 _GENERATE = """Generate a video. Frames are written, and with --stream shown, as they are generated.
@@ -92,10 +92,10 @@ def _generate(config: GenerateConfig, source: Path | None) -> int:
 
     check_outputs(config, also_read={} if source is None else {"from": source})
     material = load_material(config)
-    _say(f"attention: {to_text(material.plan.attention)}, {material.plan.density}")
+    say(f"attention: {to_text(material.plan.attention)}, {material.plan.density}")
     result = make_video(material.pipeline, material.text, reference=material.reference, **material.options())
     rate = result.frames / result.seconds
-    _say(
+    say(
         f"{result.path}: {result.frames} frames in {result.seconds:.1f} s ({rate:.1f} frames/s), the first after "
         f"{result.first_frame:.1f} s, compilation included"
     )
@@ -103,9 +103,9 @@ def _generate(config: GenerateConfig, source: Path | None) -> int:
         psnr, ssim = result.fidelity
         numbers = f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f}"
         if config.compare is not None:
-            _say(f"{result.comparison}: next to {config.compare}; {numbers}")
+            say(f"{result.comparison}: next to {config.compare}; {numbers}")
         else:
-            _say(
+            say(
                 f"{result.comparison}: next to {EXACT} attention; {numbers}. Both are the same weights: if they were "
                 f"finetuned with Monarch attention, --compare CHECKPOINT says what it loses against a dense model"
             )
@@ -143,7 +143,7 @@ def _parse(arguments: Sequence[str]) -> tuple[GenerateConfig, GenerateOptions]:
                 f"{given} names {listed}; what a video names is read only if you say so: add --trust if you trust it, "
                 f"or give {typed} yourself"
             )
-        _say(f"as {given} says: {listed}")
+        say(f"as {given} says: {listed}")
         options = dataclasses.replace(options, **missing)
     config: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(GenerateConfig)}
     return GenerateConfig(**config), options
@@ -160,7 +160,3 @@ _NO_FILES: dict[str, tuple[Any, ...]] = {
 def _written(value: Any) -> str:
     """A setting as it is given on the command line."""
     return " ".join(value) if isinstance(value, tuple) else str(value)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -1,6 +1,5 @@
 """`monarchrt inspect`: describes a Wan checkpoint, a LoRA or a run folder, and says whether it can be loaded."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from monarchrt.models.errors import user_input
 from monarchrt.models.generate.runs import find_run, is_begun
 from monarchrt.train.cli.convert import refuse_of_a_lora, refuse_of_a_run
 from monarchrt.train.cli.parsing import POSITIONAL, parse
+from monarchrt.train.cli.tables import say
 
 _INSPECT = """Show what a Wan checkpoint holds: format, model, attention, parameters, missing and unexpected tensors.
 
@@ -41,7 +41,7 @@ def inspect_command(arguments: Sequence[str]) -> int:
     with user_input():
         if (file := lora_file(path)) is not None:
             refuse_of_a_lora(options.path, options)
-            print("\n".join(report(open_lora(file, warn=lambda line: print(line, file=sys.stderr)))))
+            print("\n".join(report(open_lora(file, warn=say))))
             return 0
         info = options.run()
     print("\n".join(info.lines()))

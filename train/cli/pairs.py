@@ -1,9 +1,9 @@
 """`monarchrt pairs`: saves states along a teacher's ODE trajectories, to train a few-step student on."""
 
-import sys
 from collections.abc import Sequence
 
 from monarchrt.train.cli.parsing import parse
+from monarchrt.train.cli.tables import say
 
 _PAIRS = """Follow a teacher from noise to data and keep its states at a student's steps, for
 `monarchrt train --objective ode --latents PAIRS`.
@@ -17,5 +17,5 @@ def pairs_command(arguments: Sequence[str]) -> int:
 
     options = parse(PairsConfig, arguments, prog="monarchrt pairs", description=_PAIRS)
     files = make_pairs(options)
-    print(f"{len(files)} examples are in {options.out}", file=sys.stderr)
+    say(f"{len(files)} examples are in {options.out}")
     return 0

@@ -1,7 +1,6 @@
 """`monarchrt serve`: sessions for browsers and programs, with one loaded model."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from monarchrt.models.errors import UserError
 from monarchrt.models.files import temporary_folder
 from monarchrt.models.generate.config import GenerateConfig, Mode
 from monarchrt.train.cli.parsing import parse
+from monarchrt.train.cli.tables import say
 from monarchrt.train.interrupt import finish_first
 
 _SERVE = """Serve sessions: videos that are watched while they are generated, and whose prompt can change meanwhile.
@@ -158,22 +158,18 @@ def serve_command(arguments: Sequence[str]) -> int:
     begin = time.monotonic()
     begins = None if options.begin is None else [frames for frames in options.begin if frames]
     engine = load_engine(
-        of(GenerateConfig), unroll=options.unroll, report=_say, begins=begins, attentions=options.attentions
+        of(GenerateConfig), unroll=options.unroll, report=say, begins=begins, attentions=options.attentions
     )
     engine.check_memory(limits.sessions)
-    _say("compiling")
+    say("compiling")
     engine.warm_up()
     offered = ice if options.webrtc != "no" and installed() else None
     server = Server(engine, address=address, limits=limits, title=Path(options.checkpoint).name, ice=offered)
-    server.listening = lambda: _say(
+    server.listening = lambda: say(
         f"ready after {time.monotonic() - begin:.1f} s at {server.url}"
         + ("?token=..., with the token of --token" if address.token else "")
     )
-    set_priority(options.priority, _say)
+    set_priority(options.priority, say)
     run_server(server)
-    _say("stopped; all sessions are ended")
+    say("stopped; all sessions are ended")
     return 0
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

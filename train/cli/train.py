@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from monarchrt.models.processes.joining import joined
 from monarchrt.models.processes.place import find_place
 from monarchrt.train.cli.parsing import last_value, read_settings
 from monarchrt.train.cli.roles import parse_roles
-from monarchrt.train.cli.tables import print_table
+from monarchrt.train.cli.tables import print_table, say
 from monarchrt.train.config import RunConfig, TrainConfig, replace_settings, to_dict
 from monarchrt.train.interrupt import finish_first
 from monarchrt.train.objectives.settings import FlowConfig
@@ -126,10 +125,9 @@ def train_command(arguments: Sequence[str]) -> int:
     if place is None:
         claim_folder(config)  # before JAX is loaded
     if takes_small(arguments):
-        print(
+        say(
             f"note: settings that are not given come from --config {_SMALL}, a network for a CPU; choose another with "
-            f"--preset or --overrides",
-            file=sys.stderr,
+            f"--preset or --overrides"
         )
     with joined(place, identity=_shared(config), advice="continue with --resume"):
         return _train(config, plans=plans, as_json=as_json)
@@ -176,10 +174,7 @@ def _train(config: TrainConfig, *, plans: bool, as_json: bool) -> int:
     result = train(config)
     if not is_first_process():
         return 0
-    print(
-        f"step {int(result.state.step)}: held-out loss {result.held_out_loss:.4f}; everything is in {result.folder}",
-        file=sys.stderr,
-    )
+    say(f"step {int(result.state.step)}: held-out loss {result.held_out_loss:.4f}; everything is in {result.folder}")
     return 0
 
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Sequence
 
 from monarchrt.models.errors import UserError
 from monarchrt.train.cli.parsing import parse
+from monarchrt.train.cli.tables import say
 
 MAX_ERROR = 1e-2  # relative Frobenius norm against the reference in float64, for bfloat16 inputs
 
@@ -74,7 +74,7 @@ def tune_command(arguments: Sequence[str]) -> int:
         dim=config.dim,
         query_frames=config.query_frames,
         check=lambda configs: check(config, configs),
-        log=lambda line: print(line, file=sys.stderr),
+        log=say,
     )
     return 0
 

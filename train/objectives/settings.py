@@ -12,7 +12,8 @@ from monarchrt.models.errors import require
 from monarchrt.train.objectives.registry import Generation, ObjectiveSettings, Role, register
 
 
-def _check_steps(steps: tuple[int, ...]) -> None:
+def check_steps(steps: tuple[int, ...]) -> None:
+    """Raises UserError unless the steps of a few-step student decrease and lie in 1...1000."""
     falling = all(a > b for a, b in itertools.pairwise(steps))
     shown = " ".join(map(str, steps[:8])) + (f" and {len(steps) - 8} more" if len(steps) > 8 else "")
     require(
@@ -21,7 +22,8 @@ def _check_steps(steps: tuple[int, ...]) -> None:
     )
 
 
-def _check_shift(shift: float) -> None:
+def check_shift(shift: float) -> None:
+    """Raises UserError unless a timestep shift is positive and finite."""
     require(0 < shift < math.inf, f"shift is {shift}; it must be positive and finite, for example 5.0")
 
 
@@ -57,7 +59,7 @@ class FlowConfig(ObjectiveSettings):
     network needs the same blocks: `--overrides causal_block=3 independent_first_frame=true`."""
 
     def __post_init__(self) -> None:
-        _check_shift(self.shift)
+        check_shift(self.shift)
         require(
             self.num_train_timesteps >= 2,
             f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 2, for example 1000",
@@ -116,8 +118,8 @@ class FewStepSettings(ObjectiveSettings):
     """Timestep shift of the student's steps."""
 
     def __post_init__(self) -> None:
-        _check_steps(self.student_steps)
-        _check_shift(self.shift)
+        check_steps(self.student_steps)
+        check_shift(self.shift)
 
     @property
     def generation(self) -> Generation:
