@@ -41,8 +41,8 @@ DIGESTS_NAME = "data.json"
 SET_ASIDE_NAME = "unreadable_checkpoints"
 SAMPLES_NAME = "samples"
 _UNFINISHED = "config.part"
-_OF_A_RUN = {CONFIG_NAME, _UNFINISHED, LOG_NAME, CHECKPOINTS_NAME, SET_ASIDE_NAME, SAMPLES_NAME, TENSORBOARD_NAME}
-_OF_VALUE = {
+_FILES_OF_A_RUN = {CONFIG_NAME, _UNFINISHED, LOG_NAME, CHECKPOINTS_NAME, SET_ASIDE_NAME, SAMPLES_NAME, TENSORBOARD_NAME}
+_NOT_REPRODUCIBLE = {
     SET_ASIDE_NAME: "checkpoints of a run that were set aside as unreadable",
     SAMPLES_NAME: "samples of a run",
 }
@@ -77,7 +77,7 @@ def claim_folder(config: TrainConfig) -> None:
     names = {path.name for path in entries if path.name == _UNFINISHED or not is_litter(path)}
     if not names:
         return
-    if not names & _OF_A_RUN:
+    if not names & _FILES_OF_A_RUN:
         raise UserError(f"folder {folder} holds other files, and no run; give the path of a new or empty folder")
     resumable = any(path.name.isdigit() for path in _entries(folder / CHECKPOINTS_NAME))
     left = None if resumable else _left_behind(folder, names)
@@ -101,7 +101,7 @@ def _left_behind(folder: Path, names: set[str]) -> str | None:
     )
     if max(steps, default=0) > 0:
         return f"the log of a run up to step {max(steps)}"
-    for name, words in _OF_VALUE.items():
+    for name, words in _NOT_REPRODUCIBLE.items():
         if _entries(folder / name):
             return words
     if LOG_NAME not in names and _entries(folder / TENSORBOARD_NAME):  # a run creates the log first
@@ -109,15 +109,15 @@ def _left_behind(folder: Path, names: set[str]) -> str | None:
     return None
 
 
-def _check_same_settings(config: TrainConfig, begun: TrainConfig | None) -> None:
+def _check_same_settings(config: TrainConfig, stored: TrainConfig | None) -> None:
     """Checks that a run which was stopped before its first checkpoint is started again with the same settings.
 
     Raises:
         UserError: If a setting that must not change when resuming differs; names both values.
     """
-    if begun is None:
+    if stored is None:
         return
-    here, there = identity(config, fingerprint=""), identity(begun, fingerprint="")
+    here, there = identity(config, fingerprint=""), identity(stored, fingerprint="")
     for name, value in there.items():
         if name.rpartition(".")[2] not in _NOTED and value != here.get(name):
             raise UserError(

@@ -29,7 +29,7 @@ monarchrt convert runs/few student.pt --to torch      for Self-Forcing's code
 monarchrt convert Wan-AI/Wan2.1-T2V-1.3B wan-ink --lora ink.safetensors:0.8      merged
 
 monarchrt convert ink.safetensors ink-diffusers.safetensors --to diffusers      a LoRA under other names"""
-_OF_LORAS = {"official": "comfyui", "diffusers": "diffusers", "musubi": "musubi"}
+_LORA_FORMATS = {"official": "comfyui", "diffusers": "diffusers", "musubi": "musubi"}
 
 
 def convert_command(arguments: Sequence[str]) -> int:
@@ -70,7 +70,7 @@ def _convert_lora(options: "ConvertOptions", file: Path) -> Path:
     """Writes a LoRA with the tensor names of another format."""
     from monarchrt.models.lora.reading import open_lora
 
-    refuse_of_a_lora(options.src, options)
+    refuse_for_lora(options.src, options)
     return _write_lora(options, open_lora(file, warn=say))
 
 
@@ -78,7 +78,7 @@ def _convert_run_of_a_lora(options: "ConvertOptions", run: RunSettings) -> Path:
     """Writes the LoRA that a run trained."""
     from monarchrt.models.generate.loras import run_lora
 
-    refuse_of_a_lora(options.src, options)
+    refuse_for_lora(options.src, options)
     return _write_lora(options, run_lora(run))
 
 
@@ -89,12 +89,12 @@ def _write_lora(options: "ConvertOptions", lora: "LoRA") -> Path:
         raise UserError(
             f"lora is {' '.join(options.lora)}, but {lora.path} is a LoRA itself; give a model to merge both into"
         )
-    if options.to not in _OF_LORAS:
-        raise UserError(f"to is {options.to!r}, but {lora.path} is a LoRA; choose from {', '.join(_OF_LORAS)}")
-    return rewrite_lora(lora, options.dst, format=_OF_LORAS[options.to], dtype=options.dtype)
+    if options.to not in _LORA_FORMATS:
+        raise UserError(f"to is {options.to!r}, but {lora.path} is a LoRA; choose from {', '.join(_LORA_FORMATS)}")
+    return rewrite_lora(lora, options.dst, format=_LORA_FORMATS[options.to], dtype=options.dtype)
 
 
-def refuse_of_a_lora(path: str, options: Any) -> None:
+def refuse_for_lora(path: str, options: Any) -> None:
     """Raises UserError for options that describe the file of a model, which a LoRA's file does not have."""
     for name in ("weights", "revision", "num_heads", "head_dim", "max_shard_gb"):
         if getattr(options, name, None) is not None:
@@ -103,7 +103,7 @@ def refuse_of_a_lora(path: str, options: Any) -> None:
         raise UserError(f"few_step was given, but {path} is a LoRA; leave it out")
 
 
-def refuse_of_a_run(path: str, options: Any) -> None:
+def refuse_for_run(path: str, options: Any) -> None:
     """Raises UserError for options that describe the file of a model, which a run folder records itself."""
     for name in ("weights", "revision", "num_heads", "head_dim"):
         if getattr(options, name) is not None:
@@ -117,7 +117,7 @@ def _convert_run(options: "ConvertOptions", run: RunSettings) -> Path:
     from monarchrt.models.lora.merging import AsTrained, as_trained, merged
     from monarchrt.models.wan.checkpoints import save_checkpoint
 
-    refuse_of_a_run(options.src, options)
+    refuse_for_run(options.src, options)
     _check_model_format(options)
     loras = open_loras(options.lora, report=say)
     model = merged(run_network(run), loras)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from monarchrt.models.errors import user_input
 from monarchrt.models.generate.runs import find_run, is_begun
-from monarchrt.train.cli.convert import refuse_of_a_lora, refuse_of_a_run
+from monarchrt.train.cli.convert import refuse_for_lora, refuse_for_run
 from monarchrt.train.cli.parsing import POSITIONAL, parse
 from monarchrt.train.cli.tables import say
 
@@ -33,14 +33,14 @@ def inspect_command(arguments: Sequence[str]) -> int:
     if is_begun(path):
         from monarchrt.train.summary import run_summary
 
-        refuse_of_a_run(options.path, options)
+        refuse_for_run(options.path, options)
         summary = run_summary(path)
         print("\n".join(summary.lines))
         return 0 if summary.usable else 2
     find_run(path)  # raises for a folder that contains runs, and names them
     with user_input():
         if (file := lora_file(path)) is not None:
-            refuse_of_a_lora(options.path, options)
+            refuse_for_lora(options.path, options)
             print("\n".join(report(open_lora(file, warn=say))))
             return 0
         info = options.run()

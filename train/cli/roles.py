@@ -27,7 +27,7 @@ from monarchrt.train.config import (
 )
 from monarchrt.train.objectives.registry import ObjectiveSettings, objective_names
 
-_OF_A_ROLE = ("init_from", "precision")  # settings of the run that belong to the exported network
+_EXPORTED_SETTINGS = ("init_from", "precision")  # settings of the run that belong to the exported network
 _PLAN = {
     "plan": "Print what the run would take, per role and device, and of its compiled steps, and do nothing else.",
     "json": "With --plan: print JSON, and nothing else, to the standard output.",
@@ -114,9 +114,11 @@ def _short(arguments: Sequence[str], settings: type[ObjectiveSettings]) -> list[
     names = {item.name for kind in (ModelConfig, OptimizerConfig) for item in dataclasses.fields(kind)}
     for word in arguments:
         option = word.partition("=")[0]
-        if option.startswith("--") and option[2:].removeprefix("no-").replace("-", "_") in names | set(_OF_A_ROLE):
+        if option.startswith("--") and option[2:].removeprefix("no-").replace("-", "_") in names | set(
+            _EXPORTED_SETTINGS
+        ):
             name = option[2:].removeprefix("no-").replace("-", "_")
-            every = name in _OF_A_ROLE or any(item.name == name for item in dataclasses.fields(ModelConfig))
+            every = name in _EXPORTED_SETTINGS or any(item.name == name for item in dataclasses.fields(ModelConfig))
             given = [f"--{role}.{option[2:]}" for role in (settings.roles if every else training)]
             raise UserError(f"{option} is an option of each role of {settings.name}; give {' or '.join(given)}")
     return list(arguments)
@@ -159,7 +161,7 @@ def _form(settings: type[ObjectiveSettings]) -> type:
     fields.append(("data", unnamed(DataConfig)))
     if several:
         fields.append((settings.exported, _role_form(trains=True)))
-        run = _part("Run", RunConfig, without=_OF_A_ROLE)
+        run = _part("Run", RunConfig, without=_EXPORTED_SETTINGS)
     else:
         fields += [("model", unnamed(ModelConfig)), ("optimizer", unnamed(OptimizerConfig))]
         run = RunConfig
@@ -208,7 +210,7 @@ def _config(parsed: Any) -> TrainConfig:
     run = {item.name: getattr(parsed.run, item.name) for item in dataclasses.fields(parsed.run)}
     exported = getattr(parsed, objective.exported, parsed)
     if exported is not parsed:
-        run |= {name: getattr(exported, name) for name in _OF_A_ROLE}
+        run |= {name: getattr(exported, name) for name in _EXPORTED_SETTINGS}
     roles = {
         name: RoleConfig(
             model=role.model,

@@ -50,12 +50,12 @@ def _parse_train(arguments: Sequence[str]) -> TrainConfig:
     path = _SMALL if path is None and takes_small(arguments) else path
     values = {} if path is None else read_settings(path)
     default = TrainConfig()
-    with _of_the_file(path):
+    with _naming_file(path):
         asked = replace_settings(default, values)
     if "--resume" in given or asked.run.resume:
         default = read_config(Path(last_value(given, "--folder") or asked.run.folder)) or default
-        default = _placed_anew(default, asked, given)
-    with _of_the_file(path):
+        default = _with_given_mesh(default, asked, given)
+    with _naming_file(path):
         default = replace_settings(default, values)
     return parse_roles(given, prog="monarchrt train", default=default, description=_TRAIN)
 
@@ -77,11 +77,11 @@ def takes_small(arguments: Sequence[str]) -> bool:
     return of_pixels and of_a_run and not names & {"--config", "--resume", *_NETWORK}
 
 
-def _placed_anew(stored: TrainConfig, asked: TrainConfig, given: Sequence[str]) -> TrainConfig:
+def _with_given_mesh(stored: TrainConfig, asked: TrainConfig, given: Sequence[str]) -> TrainConfig:
     """The settings of a run folder, with the default mesh and sharding if either is given now."""
     plain = RunConfig()
-    anew = (asked.run.mesh, asked.run.sharding) != (plain.mesh, plain.sharding)
-    if not anew and last_value(given, "--mesh") is None and last_value(given, "--sharding") is None:
+    given_in_file = (asked.run.mesh, asked.run.sharding) != (plain.mesh, plain.sharding)
+    if not given_in_file and last_value(given, "--mesh") is None and last_value(given, "--sharding") is None:
         return stored
     return dataclasses.replace(stored, run=dataclasses.replace(stored.run, mesh=plain.mesh, sharding=plain.sharding))
 
@@ -106,7 +106,7 @@ def _take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 
 
 @contextlib.contextmanager
-def _of_the_file(path: Path | None) -> Iterator[None]:
+def _naming_file(path: Path | None) -> Iterator[None]:
     """Adds the name of the settings file to error messages."""
     try:
         yield

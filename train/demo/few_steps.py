@@ -56,7 +56,7 @@ def distillations(config: DemoConfig) -> dict[str, TrainConfig]:
             roles=roles,
         )
 
-    begun = dataclasses.replace(
+    causal_run = dataclasses.replace(
         dense,
         model=causal,
         optimizer=dataclasses.replace(dense.optimizer, learning_rate=2e-3),
@@ -68,10 +68,10 @@ def distillations(config: DemoConfig) -> dict[str, TrainConfig]:
         student("self-forcing", causal, max(1, config.distill_steps // 3)),
         objective=SelfForcingConfig(shift=SHIFT, student_every=EVERY, block=BLOCK),
     )
-    forced = dataclasses.replace(forced, run=dataclasses.replace(forced.run, init_from=begun.run.folder))
+    forced = dataclasses.replace(forced, run=dataclasses.replace(forced.run, init_from=causal_run.run.folder))
     return {
         "dmd": student("dmd", monarch, config.distill_steps),
         "dmd-dense": student("dmd-dense", dense.model, config.distill_steps),
-        "causal": begun,
+        "causal": causal_run,
         "self-forcing": forced,
     }

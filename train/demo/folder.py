@@ -58,9 +58,9 @@ def claim_demo(config: DemoConfig) -> None:
                 f"folder {folder} holds the results of a demo whose run {name}/ is gone; nothing was changed: put it "
                 f"back, or give another --folder"
             )
-    begun = read_settings(folder)
-    for field in _FIXED if begun is not None else ():
-        there, here = getattr(begun, field), getattr(config, field)
+    stored = read_settings(folder)
+    for field in _FIXED if stored is not None else ():
+        there, here = getattr(stored, field), getattr(config, field)
         if there != here:
             raise UserError(
                 f"cannot resume: {field} is {here}, but the demo in {folder} was started with {there}; use that value, "
@@ -71,23 +71,23 @@ def claim_demo(config: DemoConfig) -> None:
 def _check_kind(config: DemoConfig, *, exists: bool) -> None:
     """Raises UserError if the folder has a demo with `distill` and this one is without, or the other way round."""
     try:
-        begun = read_settings(config.folder) if exists else None
+        stored = read_settings(config.folder) if exists else None
     except UserError:
         if config.resume:
             raise
         return  # the settings are damaged; later checks refuse the folder
-    if begun is None or begun.distill == config.distill:
+    if stored is None or stored.distill == config.distill:
         return
-    there, here = (f"with{'' if distils else 'out'} --distill" for distils in (begun.distill, config.distill))
+    there, here = (f"with{'' if distils else 'out'} --distill" for distils in (stored.distill, config.distill))
     raise UserError(f"folder {config.folder} is that of a demo {there}, and this one is {here}; give another --folder")
 
 
 def _check_objective(name: str, run: TrainConfig) -> None:
     """Raises UserError if the run was started by an earlier version with other settings of the objective."""
-    begun = read_config(run.run.folder) if run.run.folder.is_dir() else None
-    if begun is None or begun.objective == run.objective:
+    stored = read_config(run.run.folder) if run.run.folder.is_dir() else None
+    if stored is None or stored.objective == run.objective:
         return
-    there, here = to_dict(begun.objective), to_dict(run.objective)
+    there, here = to_dict(stored.objective), to_dict(run.objective)
     changed = ", ".join(f"{key} {there.get(key)}, now {here[key]}" for key in here if here[key] != there.get(key))
     raise UserError(
         f"cannot resume: {name}/ of the demo in {run.run.folder.parent} was started by another version ({changed}); "

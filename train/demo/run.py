@@ -91,7 +91,7 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult | N
     )
 
     def trained(settings: TrainConfig) -> TrainResult:
-        with _in_terms_of_the_demo(config):
+        with _with_advice_for_demo(config):
             result = train(settings, source=source, quiet=quiet)
         if settings.objective.name == dense_config.objective.name:  # losses of other objectives are not comparable
             console.print(f"   held-out loss {result.held_out_loss:.4f}")
@@ -135,7 +135,7 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult | N
 
 
 @contextlib.contextmanager
-def _in_terms_of_the_demo(config: DemoConfig) -> Iterator[None]:
+def _with_advice_for_demo(config: DemoConfig) -> Iterator[None]:
     """Replaces the advice in messages of a training run, which is for `monarchrt train`, by that for the demo."""
     try:
         yield

@@ -30,7 +30,6 @@ from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.plan import check_attention
 from monarchrt.models.media.video import write_mp4
 from monarchrt.models.wan.watched import watching
-from monarchrt.train.begun import check_begun, read_begun
 from monarchrt.train.config import to_dict
 from monarchrt.train.evaluate import held_out_terms
 from monarchrt.train.evaluation import metrics
@@ -42,6 +41,7 @@ from monarchrt.train.evaluation.report import summarise, write_report
 from monarchrt.train.evaluation.sets import Sets, distances, features_of, plan_sets, real_windows
 from monarchrt.train.evaluation.subject import Subject, open_subject, video_of
 from monarchrt.train.evaluation.vmaf import SMALLEST, find_vmaf
+from monarchrt.train.resuming import check_unchanged, read_stored
 from monarchrt.train.studies.results import progress, write_json
 from monarchrt.train.texts import read_prompts
 
@@ -171,7 +171,7 @@ def _claim(config: EvaluateConfig) -> None:
         return
     if not config.resume:
         raise UserError(f"out {folder} holds an evaluation already; give --resume to continue it, or another --out")
-    check_begun(values, read_begun(there), of=f"the evaluation in {folder}")
+    check_unchanged(values, read_stored(there), of=f"the evaluation in {folder}")
 
 
 # Videos

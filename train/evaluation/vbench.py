@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from monarchrt.models.errors import UserError
 from monarchrt.models.files import decoded
 from monarchrt.models.generate.config import GenerateConfig
-from monarchrt.train.begun import check_begun, read_begun
+from monarchrt.train.resuming import check_unchanged, read_stored
 from monarchrt.train.studies.results import progress, write_json
 
 SAMPLES = 5  # videos per prompt
@@ -181,7 +181,7 @@ def _claim(config: VBenchConfig) -> bool:
     if not there.is_file():
         write_json(there, values)
         return True
-    check_begun(values, read_begun(there), of=f"the set of videos in {config.out}")
+    check_unchanged(values, read_stored(there), of=f"the set of videos in {config.out}")
     return False
 
 
@@ -212,11 +212,13 @@ def write_videos(config: VBenchConfig) -> tuple[int, int]:
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"out {config.out} is a file; give the path of a folder")
     was_there = config.out.is_dir()
-    begun = _claim(config)
+    is_first = _claim(config)
     try:
         return _make(config, tasks)
     except UserError:
-        if begun and [path.name for path in config.out.iterdir()] == [SETTINGS]:  # so that other settings can be given
+        if is_first and [path.name for path in config.out.iterdir()] == [
+            SETTINGS
+        ]:  # so that other settings can be given
             (config.out / SETTINGS).unlink()
             if not was_there:
                 config.out.rmdir()

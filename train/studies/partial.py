@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from monarchrt.models.errors import UserError
-from monarchrt.train.begun import check_begun, read_begun
+from monarchrt.train.resuming import check_unchanged, read_stored
 from monarchrt.train.studies.results import write_json
 
-_NOT_OF_RESULTS = ("out", "overwrite", "resume", "quiet")
+_NOT_COMPARED = ("out", "overwrite", "resume", "quiet")
 
 
 class Partial:
@@ -29,18 +29,18 @@ class Partial:
         """
         self._path = path
         self._values: dict[str, Any] = {}
-        self._settings = {name: value for name, value in settings.items() if name not in _NOT_OF_RESULTS}
+        self._settings = {name: value for name, value in settings.items() if name not in _NOT_COMPARED}
         if not path.is_file() or (overwrite and not resume):
             return
         if not resume:
             raise UserError(
                 f"out {path.parent} holds a study that was stopped; give --resume to continue it, or --overwrite"
             )
-        begun = read_begun(path)
-        before, values = begun.get("settings"), begun.get("values")
+        stored = read_stored(path)
+        before, values = stored.get("settings"), stored.get("values")
         if not isinstance(before, dict) or not isinstance(values, dict):
-            raise UserError(f"{path} is of no study; give --overwrite, or another --out")
-        check_begun(self._settings, before, of=f"the study in {path.parent}")
+            raise UserError(f"{path} is not of a study; give --overwrite, or another --out")
+        check_unchanged(self._settings, before, of=f"the study in {path.parent}")
         self._values = values
 
     def of(self, key: str, measure: Callable[[], Any]) -> Any:

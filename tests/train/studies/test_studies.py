@@ -355,7 +355,7 @@ class TestPartial:
         with pytest.raises(UserError, match=r"cannot resume: levels is \[0.6\], but the study .* with \[0.5\]"):
             Partial(path, {"levels": [0.6]}, resume=True)
         assert Partial(path, self.SETTINGS, resume=False, overwrite=True).of("a", lambda: 2) == 2
-        for text, says in (("{", "is damaged"), ("{}", "is of no study")):
+        for text, says in (("{", "is damaged"), ("{}", "is not of a study")):
             path.write_text(text)
             with pytest.raises(UserError, match=says):
                 Partial(path, self.SETTINGS, resume=True)

@@ -8,7 +8,7 @@ from monarchrt.models.checkpoints.json_files import read_json
 from monarchrt.models.errors import UserError
 
 
-def read_begun(path: Path) -> dict[str, Any]:
+def read_stored(path: Path) -> dict[str, Any]:
     """Reads the JSON file with the settings of interrupted work.
 
     Raises:
@@ -20,24 +20,24 @@ def read_begun(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}); give another --out") from error
 
 
-def check_begun(settings: Mapping[str, Any], begun: Mapping[str, Any], *, of: str) -> None:
+def check_unchanged(settings: Mapping[str, Any], stored: Mapping[str, Any], *, of: str) -> None:
     """Checks that settings are equal to those with which the work was started.
 
     Examples:
-        >>> check_begun({"seed": 0, "out": "b"}, {"seed": 0, "out": "a"}, of="the study in runs")
+        >>> check_unchanged({"seed": 0, "out": "b"}, {"seed": 0, "out": "a"}, of="the study in runs")
 
     Args:
         settings: The settings now, as JSON values. `out`, the folder of the work, is not compared: the same folder can
             be given by different paths.
-        begun: The settings at the start.
+        stored: The settings at the start.
         of: Name of the work for the message.
 
     Raises:
         UserError: If a setting differs; the message names it.
     """
     for name, value in settings.items():
-        if name != "out" and begun.get(name) != value:
+        if name != "out" and stored.get(name) != value:
             raise UserError(
-                f"cannot resume: {name} is {value!a}, but {of} was started with {begun.get(name)!a}; use that value, "
+                f"cannot resume: {name} is {value!a}, but {of} was started with {stored.get(name)!a}; use that value, "
                 f"or another --out"
             )
