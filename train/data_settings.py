@@ -29,10 +29,10 @@ class DataConfig:
     LMDB, which are encoded once before the run starts, and for `sample_every`, whose latents the VAE decodes."""
 
     text_cache: Path | None = None
-    """Folder for the embeddings of these texts. Default: beside their file, its name with .texts appended."""
+    """Folder for the embeddings of these texts. Default: next to their file, with .texts appended to its name."""
 
     rows: int = 512
-    """Tokens of such an embedding; longer texts are truncated."""
+    """Tokens of a text embedding; longer texts are truncated."""
 
     frames: int = 9
     """Frames in one training window."""
@@ -44,8 +44,8 @@ class DataConfig:
     """Width of a frame in pixels; a multiple of the patch."""
 
     fps: float = 0.0
-    """Frames per second at which to read a video, by its timestamps, such as 16. 0 takes the frames as stored, whatever
-    their times."""
+    """Frames per second at which to read a video, by its timestamps, such as 16. 0: the frames as stored, independent
+    of their timestamps."""
 
     stride: int = 1
     """Take every n-th of these frames."""
@@ -55,8 +55,8 @@ class DataConfig:
     transform; there is no VAE)."""
 
     whitening: float = 0.5
-    """From 0 (latents as the orthonormal transform gives them) to 1 (every channel scaled to about unit variance,
-    as natural images have it)."""
+    """From 0 (latents of the orthonormal transform) to 1 (every channel scaled to about unit variance for natural
+    images)."""
 
     held_out: float = 0.2
     """Fraction of the frames (or of a folder's files) at the end that is never trained on."""
@@ -65,8 +65,8 @@ class DataConfig:
     """Frames left out between the training part and the held-out part of a clip."""
 
     crop: float = 1.0
-    """Read the video this much larger than height x width and train on random crops of it; 1 turns this off.
-    Held-out windows are always center-cropped."""
+    """Read the video larger than height x width by this factor and train on random crops; 1 turns this off. Held-out
+    windows are always center-cropped."""
 
     flip: bool = False
     """Mirror half of the training windows left to right."""

@@ -30,7 +30,7 @@ class RunConfig:
     """Total number of optimizer steps."""
 
     batch: int = 4
-    """Windows per step."""
+    """Samples per step: windows of clips, latents or prompts."""
 
     seed: int = 0
     """Seed of the initial parameters, the noise and the order of the data."""

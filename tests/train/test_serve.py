@@ -123,7 +123,7 @@ def test_no_folder_for_what_is_sent_and_saved(baseline, capsys, tmp_path, monkey
     assert serve("--checkpoint", baseline, "--port", 0) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: no folder can be created for uploads and saved videos (")
-    assert said.endswith("; set TMPDIR to one that can be written\n")
+    assert said.endswith("; set TMPDIR to a writable folder\n")
 
 
 @pytest.mark.parametrize(("options", "asked"), [((), "auto"), (("--priority", "normal"), "normal")])

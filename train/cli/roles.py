@@ -29,10 +29,10 @@ from monarchrt.train.objectives.registry import ObjectiveSettings, objective_nam
 
 _EXPORTED_SETTINGS = ("init_from", "precision")  # settings of the run that belong to the exported network
 _PLAN = {
-    "plan": "Print what the run would take, per role and device, and of its compiled steps, and do nothing else.",
-    "json": "With --plan: print JSON, and nothing else, to the standard output.",
+    "plan": "Print the memory and time that the run would take, by role and by compiled step, without starting it.",
+    "json": "With --plan: print only JSON to standard output.",
 }
-_HELP = "What to train. Each objective has settings and roles of its own: `--objective NAME --help` shows them."
+_HELP = "The training objective. Each has its own settings and roles, which `--objective NAME --help` shows."
 
 
 def parse_roles(arguments: Sequence[str], *, default: TrainConfig, **options: Any) -> TrainConfig:

@@ -22,7 +22,7 @@ from monarchrt.train.run_folder import claim_folder, read_config
 if TYPE_CHECKING:
     from monarchrt.train.plan import Plan
 
-_TRAIN = """Train a Wan-shaped video diffusion transformer, with dense or Monarch attention, on windows of a clip.
+_TRAIN = """Train, finetune or distil a Wan-shaped video diffusion transformer with dense or Monarch attention.
 
 monarchrt train --config small --video clip.mp4 --folder runs/dense --attention dense --steps 1000
 
