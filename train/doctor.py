@@ -34,11 +34,13 @@ class Finding:
         name: Name of the package, device or folder.
         found: Its version or state.
         advice: What to do; None if nothing needs fixing.
+        optional: Whether the advice may be ignored, as for a package that only a GPU needs.
     """
 
     name: str
     found: str
     advice: str | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,17 +101,24 @@ def versions() -> list[Finding]:
         if requirement.marker is None:
             findings.append(_version(requirement, f"pip install '{DISTRIBUTION}'"))
         elif requirement.marker.evaluate({"extra": EXTRA}) and not requirement.marker.evaluate({"extra": ""}):
-            findings.append(_version(requirement, f"pip install '{DISTRIBUTION}[{EXTRA}]', for NVIDIA GPUs only"))
+            install = f"pip install '{DISTRIBUTION}[{EXTRA}]', for NVIDIA GPUs only"
+            findings.append(_version(requirement, install, optional=True))
     return findings
 
 
-def _version(requirement: Requirement, install: str) -> Finding:
-    """Checks the version of a package, or for `jax[cuda13]` that of the plugin which the extra installs."""
+def _version(requirement: Requirement, install: str, *, optional: bool = False) -> Finding:
+    """Checks the version of a package, or for `jax[cuda13]` that of the plugin which the extra installs.
+
+    Args:
+        requirement: The package and its supported versions.
+        install: Advice on how to install it.
+        optional: Whether the package may be missing.
+    """
     name = f"{requirement.name}-cuda13-plugin" if "cuda13" in requirement.extras else requirement.name
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name=name, found="not installed", advice=install)
+        return Finding(name=name, found="not installed", advice=install, optional=optional)
     fits = requirement.specifier.contains(version, prereleases=True)
     return Finding(name=name, found=version, advice=None if fits else f"needs {requirement.specifier}: {install}")
 
@@ -124,7 +133,7 @@ def driver() -> Finding:
     rows = [row.split(", ") for row in run.stdout.strip().splitlines()]
     if run.returncode or not rows or any(len(row) != 3 for row in rows):
         reason = " ".join((run.stderr or run.stdout).split())[:200]
-        return Finding(name="NVIDIA driver", found=f"nvidia-smi fails: {reason}", advice="see to the driver first")
+        return Finding(name="NVIDIA driver", found=f"nvidia-smi fails: {reason}", advice="fix the driver first")
     version = rows[0][1]
     cards = ", ".join(f"{name} ({memory})" for name, _, memory in rows)
     old = version.split(".")[0].isdigit() and int(version.split(".")[0]) < LEAST_DRIVER

@@ -79,13 +79,13 @@ def _case(config: DoctorConfig) -> Case:
 
 
 def _show(title: str, findings: Iterable[Finding]) -> int:
-    """Prints findings; returns how many need fixing. Packages that only a GPU needs are optional without one."""
+    """Prints findings; returns how many need fixing."""
     print(f"\n{title}")
     wrong = 0
     for finding in findings:
-        optional = finding.advice is not None and "only" in finding.advice and finding.found == "not installed"
-        wrong += finding.advice is not None and not optional
-        mark = " " if finding.advice is None or optional else "!"
+        needs_fixing = finding.advice is not None and not finding.optional
+        wrong += needs_fixing
+        mark = "!" if needs_fixing else " "
         print(f"{mark} {finding.name:<22}{finding.found}{f'  ({finding.advice})' if finding.advice else ''}")
     return wrong
 
