@@ -84,7 +84,7 @@ def _reason(error: Exception) -> str:
 def _settings(folder: Path) -> tuple[RunSettings | None, TrainConfig | None, str]:
     """Network and training settings in config.json, None if they cannot be read; and the file's name or the error."""
     if not (folder / CONFIG_NAME).is_file():
-        return None, None, f"{CONFIG_NAME} is not there"
+        return None, None, f"{CONFIG_NAME} does not exist"
     parts: list[Any] = []
     for read in (read_run, read_config):
         try:
@@ -123,13 +123,13 @@ def _checkpoint(folder: Path, newest: _Newest) -> str:
         how = "verified" if newest.read else "too large to be verified here"
         parts.append(f"step {newest.network.step}, {how}")
         if older := [step for step in steps if step < newest.network.step]:
-            parts.append(f"before it {', '.join(map(str, reversed(older)))}")
-    parts += [f"that of step {step} cannot be read ({reason})" for step, reason in newest.wrong.items()]
+            parts.append(f"older ones {', '.join(map(str, reversed(older)))}")
+    parts += [f"step {step} cannot be read ({reason})" for step, reason in newest.wrong.items()]
     path = folder / CHECKPOINTS_NAME
     if not path.is_dir():
         parts.append(f"there is no {CHECKPOINTS_NAME}/")
     elif leftover := len(list(path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))):
-        parts.append(f"{leftover} being written, or left by a process that was killed")
+        parts.append(f"{leftover} incomplete, still being written or left by a process that was killed")
     if (aside := folder / SET_ASIDE_NAME).is_dir() and (count := len(list(aside.iterdir()))):
         parts.append(f"{count} in {SET_ASIDE_NAME}/")
     return "; ".join(parts)
@@ -137,7 +137,7 @@ def _checkpoint(folder: Path, newest: _Newest) -> str:
 
 def _log(folder: Path) -> dict[str, str]:
     if not (folder / LOG_NAME).is_file():
-        return {"log": f"{LOG_NAME} is not there"}
+        return {"log": f"{LOG_NAME} does not exist"}
     try:
         records = read_log(folder)
     except OSError as error:
@@ -231,14 +231,14 @@ def _uses(folder: Path, settings: RunSettings, network: WanConfig, stored: Store
         what = "the moving average of its matrices" if averaged else "its matrices"
         return {
             "convert": f"monarchrt convert {path} NEW.safetensors    writes the LoRA, {what}; --to names the format",
-            "generate": f"monarchrt generate --checkpoint NETWORK --lora {path}    with the one that it was trained on",
+            "generate": f"monarchrt generate --checkpoint NETWORK --lora {path}    with its base network",
         }
     if settings.data.precomputed is not None:
         return {
-            "convert": f"monarchrt convert {path} NEW    makes a model of {what}",
-            "generate": "needs a model that convert made, and --components for VAE and text encoder",
+            "convert": f"monarchrt convert {path} NEW    writes a model with {what}",
+            "generate": "needs a model written by convert, and --components for VAE and text encoder",
         }
     defaults = run_defaults(settings, network)
     sampled = f"{defaults.frames} frames of {defaults.height} x {defaults.width}, {defaults.mode}, {defaults.sampler}"
     # not convert: the latents are pixel blocks, which no VAE of a converted model could decode
-    return {"generate": f"monarchrt generate --checkpoint {path}    makes {sampled}, of {what}"}
+    return {"generate": f"monarchrt generate --checkpoint {path}    generates {sampled}, with {what}"}

@@ -38,7 +38,7 @@ def test_a_finished_run(baseline, inspect):
     before = contents(baseline)
     code, said = inspect(baseline)
     assert code == 0
-    assert said["checkpoint"] == "step 30, verified; before it 28, 24"
+    assert said["checkpoint"] == "step 30, verified; older ones 28, 24"
     records = [json.loads(line) for line in (baseline / "log.jsonl").read_text().splitlines()]
     losses = [record["held_out_loss"] for record in records if "held_out_loss" in record]
     assert said["held-out"].startswith(f"{losses[-1]:.4f} at step 30; {losses[0]:.4f} at step ")
@@ -50,7 +50,7 @@ def test_a_finished_run(baseline, inspect):
     assert said["student"] == "from random parameters; AdamW at 0.001, constant, average 0.99"
     assert said["run"] == "30 steps of 2 samples, seed 0, fp32"
     assert "convert" not in said  # of pixels, no VAE decodes what a model of it makes
-    assert said["generate"].startswith(f"monarchrt generate --checkpoint {baseline}    makes 3 frames of 16 x 32")
+    assert said["generate"].startswith(f"monarchrt generate --checkpoint {baseline}    generates 3 frames of 16 x 32")
     assert said["generate"].endswith(", of the moving average of its weights")
     assert int(said["parameters"].replace(",", "")) > 1000
     assert contents(baseline) == before
@@ -61,8 +61,10 @@ def test_a_run_written_before_there_were_roles(inspect):
     assert code == 0
     assert said["checkpoint"] == "step 2, verified"
     assert said["held-out"] == "2.0461 at step 2"
-    assert said["convert"].startswith(f"monarchrt convert {WRITTEN / 'run'} NEW    makes a model of the moving average")
-    assert said["generate"].startswith("needs a model that convert made")
+    assert said["convert"].startswith(
+        f"monarchrt convert {WRITTEN / 'run'} NEW    writes a model with the moving average"
+    )
+    assert said["generate"].startswith("needs a model written by convert")
     assert "AdamW at 0.001, cosine, average 0.9" in said["student"]
 
 
@@ -92,7 +94,7 @@ def test_a_checkpoint_that_is_damaged(made, inspect, what):
     DAMAGE[what](made / "checkpoints" / "30")
     code, said = inspect(made)
     assert code == 0
-    assert said["checkpoint"].startswith("step 28, verified; before it 24; that of step 30 cannot be")
+    assert said["checkpoint"].startswith("step 28, verified; older ones 24; step 30 cannot be")
     assert said["generate"].startswith("monarchrt generate")
     assert "dim 24" in said["model"]
     assert main(["convert", str(made), str(made.parent / "made")]) == 0
@@ -103,7 +105,7 @@ def test_no_checkpoint_can_be_read(made, inspect):
         shutil.rmtree(step / "state")
     code, said = inspect(made)
     assert code == 2
-    assert said["checkpoint"].startswith("none can be read; that of step 30 cannot be read (")
+    assert said["checkpoint"].startswith("none can be read; step 30 cannot be read (")
     assert said["log"] == "up to step 30"
 
 
@@ -129,7 +131,7 @@ def test_what_is_left_of_a_run(made, inspect, tmp_path, capsys):
         assert f"{made} is a run folder without checkpoints/; `monarchrt inspect` says" in capsys.readouterr().err
     (made / "config.json").unlink()
     code, said = inspect(made)
-    assert (code, said["settings"]) == (2, "config.json is not there")
+    assert (code, said["settings"]) == (2, "config.json does not exist")
     (made / "log.jsonl").write_text("")
     assert inspect(made)[1]["log"] == "no step yet"
 
@@ -138,7 +140,7 @@ def test_a_save_that_was_cut_off(made, inspect):
     (made / "checkpoints/30").rename(made / "checkpoints/30.orbax-checkpoint-tmp-7")
     code, said = inspect(made)
     assert code == 0
-    assert said["checkpoint"].startswith("step 28, verified; before it 24; 1 being written, or left")
+    assert said["checkpoint"].startswith("step 28, verified; older ones 24; 1 incomplete, still being written or left")
 
 
 def test_other_folders_are_none(tmp_path, capsys, inspect):
