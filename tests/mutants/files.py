@@ -7,6 +7,7 @@ LORA = ("tests/train/test_lora_training.py",)
 DATA = ("tests/train/test_data.py",)
 NETWORKS = ("tests/train/test_networks.py",)
 ALIKE = ("tests/models/processes/test_alike.py",)
+DOCTOR = ("tests/train/test_doctor.py",)
 REPEATED = ("tests/train/test_repeated_options.py",)
 
 FILES = (
@@ -39,5 +40,6 @@ FILES = (
     ),
     Fault("train/cli/parsing.py", "groups[number + 1 :]", "groups[:number]", REPEATED, "are_joined"),
     Fault("train/cli/parsing.py", 'name != "lora" and len(groups) > 1', "False", REPEATED, "given_twice"),
+    Fault("train/cli/doctor.py", " and not finding.optional", "", DOCTOR, "to_be_mended"),
     Fault("models/lora/layers.py", "pair * (owner.alpha / owner.rank)", "pair", LORA, "folded_is"),
 )
