@@ -213,7 +213,7 @@ def test_finetuning_from_the_released_model_says_what_is_needed(tmp_path, capsys
     assert capsys.readouterr().err.endswith("Give --preset wan2.1-t2v-1.3b.\n")
     clip = make_clip(tmp_path / "clip.mp4")
     assert cli.main([*command, "--preset", "wan2.1-t2v-1.3b", "--video", str(clip), *DATA]) == 2
-    assert "The data has 48 channels; --latents takes a folder" in capsys.readouterr().err
+    assert "The data has 48 channels; give --latents, a folder" in capsys.readouterr().err
     assert cli.main([*command, "--latents", str(latents), "--preset", "wan2.1-t2v-1.3b", "--tile", "3", "3", "4"]) == 2
     assert "tile=(3, 3, 4): 3 does not divide the 4" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
