@@ -24,9 +24,9 @@ NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 NO_CONDITION = "none"
-MOST_FRAMES, MOST_STEPS = 1_000_000, 10_000  # far beyond use, and too few to fill the memory before the error
-NO_LORA = (NO_CONDITION,)  # although a video names some
-STORED = "stored"  # with the weights
+MOST_FRAMES, MOST_STEPS = 1_000_000, 10_000  # far above practical values, low enough not to exhaust memory
+NO_LORA = (NO_CONDITION,)  # ignores the LoRAs named by a video
+STORED = "stored"  # the attention that is stored with the weights
 EXACT_DECODER, TINY_DECODER = DECODERS = ("exact", "tiny")
 _BOUNDS = {
     **dict.fromkeys(("frames", "window", "block", "condition_frames", "context"), (1, MOST_FRAMES)),
@@ -35,7 +35,7 @@ _BOUNDS = {
     "decoder_device": (0, math.inf),
     "context_noise": (0, 1000),
     "fps": (0.1, 1000),
-    "shift": (0.001, 1000),  # beyond, float32 has no noise levels and flows, which would look like broken weights
+    "shift": (0.001, 1000),  # beyond, noise levels are not distinct in float32, which would look like broken weights
     "guidance": (0, 1000),
     "linger": (0, 10**9),
     "seed": (0, 2**32 - 1),
@@ -43,14 +43,14 @@ _BOUNDS = {
     "port": (0, 65535),
 }
 OF_THE_PAGE = ("host", "port", "linger")
-# how a file was made is no property of it, nor what else was made with it
+# settings of how files are written, which are not properties of the video
 NOT_STORED = (
     *("out", "overwrite", "stream", *OF_THE_PAGE, "quiet", "compare", "compare_dense"),
     *("save_embeddings", "save_latents", "save_noise", "mesh", "decoder_device", "unroll_layers"),
 )
-# those of them that were stored once, and are passed over
+# those that older versions stored; they are ignored
 ONCE_STORED = ("compare_dense", "save_embeddings")
-# settings that name what is read: a stranger's video could name anything
+# settings that name files to read, which are not taken from an untrusted video
 NAMES_FILES = ("checkpoint", "lora", "components", "decoder", "embeddings", "condition", "noise")
 
 
@@ -293,7 +293,7 @@ class GenerateConfig(AttentionOptions):
             object.__setattr__(self, "tile", tuple(self.tile))
             object.__setattr__(self, "attention", SHORT if self.attention == STORED else self.attention)
         if not self.attention.strip().startswith(SHORT):
-            return  # the plan says what goes with what
+            return  # the plan checks the combination of options
         self.normalize_attention()
 
     def stored(self) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def revived(name: str, hint: Any, value: Any, source: Path) -> Any:
     """Converts a JSON value to the type of a setting.
 
     Raises:
-        UserError: If the value is of another type; names `source`, the file it is from.
+        UserError: If the value is of another type; the message names `source`, the file.
     """
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     for kind in (getattr(kind, "__value__", kind) for kind in kinds):

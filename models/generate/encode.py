@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from monarchrt.models.generate.load import Components
 
 
-MOST_ROWS = 100_000  # tokens of a text, far beyond use
+MOST_ROWS = 100_000  # limit on tokens of a text, far above practical values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ def _encode(
     dtype: str,
     report: Callable[[str], None],
 ) -> list[str]:
-    """Writes the files of clips; returns which were left out, and why."""
+    """Writes the files of clips; returns a line for each clip that was left out, with the reason."""
     from monarchrt.models.generate.decoders import WanDecoder
     from monarchrt.models.umt5 import load_embeddings
     from monarchrt.models.vae import load_vae
@@ -175,7 +175,7 @@ def _encode(
         report(f"{count}/{len(captions)} {files[video]}: latents {latents.shape}, text {text.shape}")
     for path in set(texts.values()):
         path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # of other settings, stopped before
+    with contextlib.suppress(OSError):  # it may have files of an earlier run with other settings
         _texts_folder(config).rmdir()
     return left_out
 
@@ -226,7 +226,7 @@ def _sizes(config: EncodeConfig) -> dict[str, str]:
 
 
 def _check_kept(path: Path, video: Path, caption: str, config: EncodeConfig) -> None:
-    """Raises UserError unless an existing file is what would be written, according to its header."""
+    """Raises UserError unless an existing file has the same settings and caption, according to its header."""
     try:
         file = SafetensorsFile(path)
     except ValueError as error:
@@ -236,9 +236,9 @@ def _check_kept(path: Path, video: Path, caption: str, config: EncodeConfig) -> 
         raise UserError(f"{path} holds no latents and text of a clip; delete it, or give another --out")
     (frames, height, width, _), (rows, _) = shapes
     wanted = {"caption": caption, "clip": video.name} | _sizes(config)
-    # a header without sizes is older than they are: the arrays tell all but the stride
+    # headers of older versions have no sizes: the shapes of the arrays give all but the stride
     derived = {"frames": 1 + 4 * (frames - 1), "height": 8 * height, "width": 8 * width, "rows": rows}
-    # one with sizes but no rate is of the frames that were stored
+    # with sizes but no frame rate, the clip was read as stored
     rate = {"fps": "0"} if "stride" in file.metadata else {}
     stored = wanted | {name: str(value) for name, value in derived.items()} | rate | file.metadata
     if other := [name for name in wanted if stored[name] != wanted[name]]:

@@ -38,7 +38,7 @@ from monarchrt.models.wan import WanConfig, WanModel
 if TYPE_CHECKING:
     from monarchrt.models.wan.checkpoints.source import Source
 
-# what each part is called in an official folder and in a diffusers folder
+# names of the parts in an official folder and in a diffusers folder
 PARTS = {
     "VAE": ("Wan2.1_VAE.pth", "vae"),
     "tiny decoder": TINY_FILES,
@@ -67,7 +67,7 @@ def find_components(config: GenerateConfig, checkpoint: Path, *, texts: bool = T
         The paths.
 
     Raises:
-        UserError: If parts are missing; names all of them and where they were looked for.
+        UserError: If parts are missing; the message lists them and the folders that were searched.
     """
     apart = config.components
     if apart is not None and not apart.is_dir() and not names_repository(apart):
@@ -98,7 +98,7 @@ def find_components(config: GenerateConfig, checkpoint: Path, *, texts: bool = T
 
 
 def _decoder(config: GenerateConfig) -> tuple[str, Path | None]:
-    """Which part decodes, and its file if one was given."""
+    """Name of the part that decodes, and its file if one was given."""
     name = config.decoder or EXACT_DECODER
     if name in DECODERS:
         return ("VAE" if name == EXACT_DECODER else "tiny decoder"), None
@@ -145,7 +145,7 @@ def wan_defaults(source: "Source") -> Defaults:
         causal = causal or source.trained is None or source.trained.steps is None
         mode = "autoregressive" if causal else "bidirectional"
         return Defaults(mode=mode, sampler="few-step", distilled=True, causal=causal, **own)
-    with contextlib.suppress(ValueError):  # of a scheduler that we have not, which the caller is told of
+    with contextlib.suppress(ValueError):  # an unsupported scheduler, of which the caller notifies the user
         if (scheduler := source.scheduler) is not None:
             own = {"sampler": scheduler.sampler, "shift": scheduler.shift, "shift_from": scheduler.path.name} | own
     return Defaults(mode="autoregressive" if causal else "bidirectional", distilled=False, causal=causal, **own)
@@ -160,7 +160,7 @@ def _as_trained(source: "Source") -> dict[str, Any]:
     if trained.latents is not None:
         frames, height, width = trained.latents
         own |= {"frames": 1 + (frames - 1) * TEMPORAL, "height": height * SPATIAL, "width": width * SPATIAL}
-        own["window"] = frames  # of mode windows
+        own["window"] = frames  # for mode windows
     if trained.shift is not None:
         own |= {"shift": trained.shift, "shift_from": "the run that it was trained in"}
     return own | ({} if trained.steps is None else {"steps": trained.steps})
@@ -198,7 +198,7 @@ def load_material(config: GenerateConfig) -> Material:
     if config.compare is None:
         return _inputs_of_first(opened.material(config))
     apart = dataclasses.replace(config, checkpoint=config.compare, weights=None, lora=())
-    if not Path(config.compare).is_file():  # a folder says its heads
+    if not Path(config.compare).is_file():  # a folder has a config.json with its heads
         apart = dataclasses.replace(apart, num_heads=None, head_dim=None)
     try:
         other = open_checkpoint(apart)
@@ -214,7 +214,7 @@ def load_material(config: GenerateConfig) -> Material:
     material = _inputs_of_first(opened.material(config))
     check_attention(dataclasses.replace(material.plan, attention=other.sizes.attention), other.sizes)
     decoder = material.pipeline.decoder
-    find_places(apart, heads=other.sizes.num_heads)  # what does not fit is found here
+    find_places(apart, heads=other.sizes.num_heads)  # for its checks
     mesh = material.pipeline.mesh
     return dataclasses.replace(material, reference=lambda: VideoPipeline(other.network(apart), decoder, mesh=mesh))
 

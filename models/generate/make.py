@@ -133,7 +133,7 @@ def make_video(
     reference: Callable[[], VideoPipeline] | None = None,
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Result:
-    """Makes the video and the other outputs that its settings ask for.
+    """Generates the video and writes it and the other requested outputs.
 
     Ctrl-C and SIGTERM end it early; the file keeps the frames generated so far.
 
@@ -177,7 +177,7 @@ def make_video(
         try:
             result = _write(parts, plan, page, kept if compares else None, report)
         finally:
-            if config.save_latents is not None and latents:  # of the frames so far
+            if config.save_latents is not None and latents:  # those of the frames so far
                 report(
                     f"the latents are saved in {save_latents(config.save_latents, np.concatenate(latents, axis=1)[0])}"
                 )
@@ -245,7 +245,7 @@ def _write(
         count = writer.frames
         what = f"{count} of {config.frames} frames are kept in {config.out}" if count else "no frame was ready"
         raise _stopped(f"stopped; {what}", stop) from None
-    except UserError:  # of writing; it says what there is
+    except UserError:  # an error of writing, whose message says which frames were kept
         raise
     except Exception:
         if writer.frames:
@@ -287,7 +287,7 @@ def _shown(parts: Iterator[np.ndarray], plan: Plan, label: str) -> Iterator[np.n
         begin, done = 0.0, 0
         for frames in parts:
             now = time.monotonic()
-            if begin:  # the first frames waited for the compiler
+            if begin:  # the time of the first frames includes compilation
                 done += len(frames)
             begin = begin or now
             speed = f"{done / (now - begin):.1f} frames/s" if done else ""

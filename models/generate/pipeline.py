@@ -65,7 +65,7 @@ class VideoPipeline:
     ) -> Iterator[Float[Array, "1 F h w C"]]:
         """Iterates over the latents of the video; each part is dispatched when requested, and not waited for."""
         frames, height, width = plan.latents
-        if initial is not None:  # the parameters may be on the decoder's device
+        if initial is not None:  # it may be on the decoder's device
             initial = jnp.asarray(jax.device_get(initial))
         common: dict[str, Any] = dict(
             frames=frames, height=height, width=width, key=jax.random.key(plan.config.seed), initial=initial
@@ -107,7 +107,7 @@ class VideoPipeline:
             negative: Embedding of the negative prompt; used if the plan guides.
             initial: Latents that the video starts with.
             noise: Noise of the generated latents; by default `plan.noise`, from the seed.
-            keep: Called with the latents of each part, [1, F, h, w, C].
+            keep: List to which the latents of each part are appended, [1, F, h, w, C].
 
         Yields:
             RGB frames, uint8 [T, H, W, 3], a part at a time.

@@ -38,7 +38,7 @@ class Places:
 
 
 def find_places(config: GenerateConfig, *, heads: int) -> Places:
-    """The devices that the settings ask for.
+    """The devices requested by the settings.
 
     Args:
         config: The settings, with `mesh` and `decoder_device`.

@@ -16,10 +16,10 @@ from monarchrt.models.wan import WanConfig
 from monarchrt.models.wan.checkpoints.settings import Trained
 from monarchrt.models.wan.rope import MAX_POSITIONS
 
-LARGEST_SIDE = 16384  # pixels, of H.264's encoder
-SMALLEST_WIDTH = 320  # pixels; below, players show a stamp
-LONGEST_WITHOUT_WINDOW = 21  # latent frames that Wan was trained on
-BLOCK = 3  # latent frames, of Self-Forcing
+LARGEST_SIDE = 16384  # pixels, limit of the H.264 encoder
+SMALLEST_WIDTH = 320  # pixels; smaller videos are enlarged for display
+LONGEST_WITHOUT_WINDOW = 21  # latent frames of Wan's training clips
+BLOCK = 3  # latent frames of a block in Self-Forcing
 SPATIAL, TEMPORAL = 8, 4  # pixels and frames per latent of Wan's VAE
 USED_IN = {
     "window": ("autoregressive", "windows"),
@@ -27,7 +27,7 @@ USED_IN = {
     "independent_first_frame": ("autoregressive",),
     "context": ("windows",),
 }
-PIECE = 3  # latent frames that a clip made at once is decoded in
+PIECE = 3  # latent frames that are decoded at a time, for clips that are not generated block by block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class Defaults:
         shift: Shift of the noise levels.
         guidance: Guidance scale, for samplers other than few-step.
         window: Latent frames of a window, in mode windows.
-        trained: What is known of the training.
-        shift_from: Where the shift comes from, for messages; None if it is only assumed.
+        trained: Settings of the training, as far as they are known.
+        shift_from: Source of the shift, for messages; None if it is only assumed.
         distilled: Whether the network was distilled to few steps.
         causal: Whether it was trained block by block.
     """
@@ -69,7 +69,7 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will be generated, and how.
+    """The complete settings of a generation.
 
     Attributes:
         config: The complete settings: whatever has a default is neither None nor "auto".
@@ -166,7 +166,7 @@ def make_plan(
         The plan.
 
     Raises:
-        UserError: If a size, number of frames, tile or setting does not fit; names a valid one.
+        UserError: If a size, number of frames, tile or setting is invalid; the message names a valid one.
     """
     frames_given = config.frames is not None
     config = _complete(config, defaults, model, temporal)
@@ -220,7 +220,7 @@ def make_plan(
 def _notes(
     config: GenerateConfig, defaults: Defaults, settings: Rollout | Windows, model: WanConfig
 ) -> tuple[str, ...]:
-    """Notes on how the video is sampled, and on what the checkpoint is not known to be trained for."""
+    """Notes on the sampling, and on settings for which the checkpoint is not known to be trained."""
     table = settings.table()
     listed = f" ({_listed(settings.steps)})" if isinstance(settings.steps, tuple) else ""
     said = f" (of {defaults.shift_from})" if defaults.shift_from and settings.shift == defaults.shift else ""
@@ -234,7 +234,7 @@ def _notes(
         )
     if config.mode == "autoregressive" and defaults.causal is False:
         mode, suits = "bidirectional", "whole clips suit"
-        if defaults.mode == "windows":  # whole, its clips may be longer than it was trained on
+        if defaults.mode == "windows":  # a whole clip may be longer than those it was trained on
             mode, suits = "windows", "windows that continue each other suit"
         notes.append(
             f"note: nothing indicates that this checkpoint was trained block by block, and one that was not drifts; "
@@ -328,7 +328,7 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
     if mode == "autoregressive" and None not in (config.block, trained) and config.block != trained:
         raise UserError(f"block is {config.block}, but the model was trained on blocks of {trained}; leave it out")
     usual = trained or (BLOCK if mode == defaults.mode else _block(config, model))
-    if mode != "autoregressive" and config.block not in (None, usual):  # which is what videos store
+    if mode != "autoregressive" and config.block not in (None, usual):  # `usual` is the value that videos store
         raise UserError(f"block is {config.block}, for mode autoregressive, but mode is {mode}; leave it out")
     block = config.block or usual
     alone = mode == "autoregressive" and (config.independent_first_frame or model.independent_first_frame)
@@ -336,7 +336,7 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
         config, mode=mode, sampler=sampler, window=window, sink_frames=sinks if mode == "autoregressive" else None,
         block=block, independent_first_frame=alone, **filled,
     )  # fmt: skip
-    if config.frames is None:  # the checkpoint's choice is for its own mode and blocks
+    if config.frames is None:  # the checkpoint's default is for its own mode and blocks
         complete = dataclasses.replace(complete, frames=_nearest(complete, temporal)[0])
     return complete
 
@@ -466,7 +466,7 @@ def check_attention(plan: Plan, model: WanConfig) -> NetworkDensity:
     """Checks that the attention fits each block of tokens, the window and the sinks; returns its density.
 
     Raises:
-        UserError: If it does not; names sizes that it fits.
+        UserError: If it does not; the message names valid sizes.
     """
     settings = plan.settings
     whole = settings.window or plan.latents[0]

@@ -115,7 +115,7 @@ def network_names(about: Mapping[str, Any]) -> dict[str, str]:
     role = f"roles.{about['exported']}." if "exported" in about else ""
     parts = ("frozen", "params", "average") if role else ("fixed", "params", "ema")
     names: dict[str, str] = {}
-    for part in parts:  # a later one stands for an earlier one
+    for part in parts:  # later ones take precedence
         prefix = f"{role}{part}."
         names |= {name.removeprefix(prefix): name for name in about["arrays"] if name.startswith(prefix)}
     return names
@@ -273,7 +273,7 @@ def trained_as(run: RunSettings) -> Trained:
     latents = made.latents
     if latents is None and data.precomputed is None:
         latents = (data.frames, data.height // data.patch, data.width // data.patch)
-    if latents is None:  # a run from before this was stored: its files say it, if they are still there
+    if latents is None:  # a run of an older version: the shape is read from its data, if that still exists
         latents = _shape_of_latents(run)
     return Trained(
         latents=latents,

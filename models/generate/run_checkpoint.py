@@ -34,7 +34,7 @@ from monarchrt.models.processes.alike import check_same, digest_of, listing
 from monarchrt.models.wan import WanConfig, WanModel
 from monarchrt.models.wan.checkpoints.settings import few_step_from_json, trained_from_json
 
-# settings that a run folder has no use for, and why
+# settings that do not apply to a run folder, with the reason
 NOT_OF_RUNS = {
     "components": "needs no other parts",
     "decoder": "has its own",
@@ -44,7 +44,7 @@ NOT_OF_RUNS = {
     "save_embeddings": "was trained without text",
     "guidance": "was trained without text",
 }
-SEEN = 0  # held-out window whose first frames a run's video begins with
+SEEN = 0  # index of the held-out window with whose first frames a run's video begins
 RATE = 8.0  # frames per second
 
 
@@ -91,7 +91,7 @@ class RunCheckpoint:
         """As `WanCheckpoint.check_same`."""
         with user_input():
             check_same(what, lambda: listing([*told_apart_by(self.run.path), *lora_files(config)]))
-            data = dataclasses.replace(self.run.data, video=None)  # may be elsewhere there
+            data = dataclasses.replace(self.run.data, video=None)  # its path may differ between machines
             settings = digest_of(self.sizes, self.run.generation, data, lora_settings(config))
             check_same(what.replace("weights", "settings"), lambda: settings)
 

@@ -20,9 +20,9 @@ from monarchrt.models.generate.config import revived
 CONFIG_NAME = "config.json"
 LOG_NAME = "log.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
-ABOUT = "about/metadata"  # of a checkpoint, what it belongs to and a checksum of each array
-GENERATION = "generation"  # in config.json: how the network is sampled, for readers that know no objective
-# options of older files beside the attention's kind, with what they were where nothing was said
+ABOUT = "about/metadata"  # description of a checkpoint, with a checksum of each array
+GENERATION = "generation"  # entry in config.json with settings for sampling, which do not depend on the objective
+# options of older files besides the attention's kind, with their defaults
 _BESIDE = {"tile": None, "blocks": "fh,w", "num_iters": 1, "implementation": None, "keep_intermediates": False}
 
 
@@ -225,7 +225,7 @@ def override_values(overrides: Iterable[str]) -> dict[str, Any]:
         try:
             value = json.loads(text)
             values[name] = tuple(value) if isinstance(value, list) else value
-        except (ValueError, RecursionError):  # a text
+        except (ValueError, RecursionError):  # text
             values[name] = text
     return values
 
@@ -237,8 +237,8 @@ def _of_the_flow(objective: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_said_since(generation: dict[str, Any], objective: dict[str, Any]) -> dict[str, Any]:
-    """With what runs written before say among the settings of their objective alone: the list of a student's steps, of
-    which they say here only how many there are, and the window that it rolled out with."""
+    """Adds settings that older runs stored only with their objective: the list of a student's steps, of which they
+    stored just the number here, and the window of its roll-outs."""
     steps = objective.get("student_steps")
     same = isinstance(steps, list) and generation.get("sampler") == "few-step" and generation.get("steps") == len(steps)
     window = {name: objective[name] for name in ("window", "sink_frames") if name in objective}

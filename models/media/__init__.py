@@ -1,1 +1,1 @@
-"""Frames and files: reading and writing videos, and a fixed transform between pixels and latents."""
+"""Reading and writing of videos and pictures, and a fixed transform between pixels and latents."""

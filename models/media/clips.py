@@ -1,4 +1,4 @@
-"""A folder of clips, each with its caption beside it."""
+"""Reading of folders of clips with captions."""
 
 import re
 import unicodedata

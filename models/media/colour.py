@@ -1,6 +1,6 @@
-"""What colour values mean: high dynamic range and wide gamuts brought to what an ordinary screen shows.
+"""Conversion of high dynamic range and wide gamuts to the colours of an ordinary screen.
 
-Numbers of transfer characteristics, primaries and matrices are those of ITU-T H.273, as FFmpeg has them.
+Transfer characteristics, primaries and matrices are numbered as in ITU-T H.273 and FFmpeg.
 """
 
 import functools
@@ -12,9 +12,9 @@ from jaxtyping import Float32, UInt8
 UNSPECIFIED = 2
 PQ, HLG = 16, 18
 BT2020, P3 = 9, 12  # primaries
-# transfer characteristics that an ordinary screen undoes: BT.709 and its relatives, gamma 2.2 and 2.8, sRGB
+# transfer characteristics that are shown without conversion: BT.709 and similar, gamma 2.2 and 2.8, sRGB
 _ORDINARY_TRANSFERS = (0, 1, UNSPECIFIED, 3, 4, 5, 6, 7, 11, 12, 13, 14, 15)
-# BT.709, and the primaries of television before it, which players show as if they were BT.709's
+# BT.709, and older primaries of television, which players show like BT.709
 _ORDINARY_PRIMARIES = (0, 1, UNSPECIFIED, 3, 4, 5, 6, 7, 22)
 _WHITE = (0.3127, 0.3290)  # D65
 _PRIMARIES = {  # x, y of red, green and blue
@@ -22,9 +22,9 @@ _PRIMARIES = {  # x, y of red, green and blue
     BT2020: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
     P3: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),
 }
-_GAMMA = 2.2  # of an ordinary screen
-_PAPER_WHITE = 203.0  # cd/m2, ITU-R BT.2408: what an ordinary screen shows as white
-_KNEE = 0.7  # of white, from where brighter light is compressed
+_GAMMA = 2.2  # gamma of an ordinary screen
+_PAPER_WHITE = 203.0  # cd/m2, reference white of HDR by ITU-R BT.2408
+_KNEE = 0.7  # fraction of reference white above which light is compressed
 
 
 class Colours(NamedTuple):
@@ -35,12 +35,12 @@ class Colours(NamedTuple):
 
     @property
     def ordinary(self) -> bool:
-        """Whether the values can be shown as they are."""
+        """Whether the values can be shown without conversion."""
         return self.transfer in _ORDINARY_TRANSFERS and self.primaries in _ORDINARY_PRIMARIES
 
     @property
     def problem(self) -> str | None:
-        """Why it is not known what a screen would show; None if it is."""
+        """Description of unsupported colours; None if they can be converted."""
         if self.transfer not in (*_ORDINARY_TRANSFERS, PQ, HLG):
             return f"colours with transfer characteristics {self.transfer} of H.273 (logarithmic, linear or of cinema)"
         if self.primaries not in (*_ORDINARY_PRIMARIES, BT2020, P3):
@@ -51,20 +51,20 @@ class Colours(NamedTuple):
 
 
 def to_ordinary(rgb: Float32[np.ndarray, "h w 3"], colours: Colours) -> UInt8[np.ndarray, "h w 3"]:
-    """Colours as an ordinary screen shows them.
+    """Converts colours for an ordinary screen.
 
-    HDR is shown relative to paper white, 203 cd/m2 (ITU-R BT.2408): up to 0.7 of it light stays as it is, above it is
-    compressed towards the screen's white, all three channels alike. HLG is that of a screen of 1000 cd/m2. Colours
-    outside the screen's gamut are clipped.
+    HDR is mapped relative to reference white, 203 cd/m2 (ITU-R BT.2408): light up to 0.7 of it is unchanged, and
+    brighter light is compressed towards the screen's white, equally in all channels. HLG is interpreted for a screen of
+    1000 cd/m2. Colours outside the screen's gamut are clipped.
 
     Examples:
-        >>> white = np.full((1, 1, 3), 0.58, np.float32)  # paper white
+        >>> white = np.full((1, 1, 3), 0.58, np.float32)  # reference white
         >>> int(to_ordinary(white, Colours(transfer=PQ, primaries=BT2020))[0, 0, 0])
         241
 
     Args:
         rgb: Values in [0, 1].
-        colours: What they mean; one without a `problem`.
+        colours: Transfer characteristics and primaries of the values, which must have no `problem`.
 
     Returns:
         RGB for an ordinary screen.
@@ -90,7 +90,7 @@ def _quantized(rgb: np.ndarray) -> np.ndarray:
 
 
 def _linear(rgb: np.ndarray, transfer: int) -> np.ndarray:
-    """Light, where 1 is paper white."""
+    """Linear light, with reference white at 1."""
     if transfer == PQ:  # SMPTE ST 2084
         root = np.clip(rgb, 0, 1) ** np.float32(32 / 2523)
         light = np.maximum(root - 107 / 128, 0) / (2413 / 128 - 2392 / 128 * root)
@@ -109,7 +109,7 @@ def _to_bt709(primaries: int) -> np.ndarray:
 
 
 def _to_xyz(primaries: int) -> np.ndarray:
-    """Linear RGB to CIE XYZ."""
+    """The matrix from linear RGB to CIE XYZ."""
 
     def xyz(x: float, y: float) -> list[float]:
         return [x / y, 1.0, (1 - x - y) / y]

@@ -4,7 +4,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-# first four letters of a kind of picture that is stored like a video
+# brands of pictures in the container format of videos
 _STILL_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis", b"crx ")
 _BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"uuid", b"udta", b"meta", b"sidx", b"styp",
           b"mfra", b"pnot", b"prfl")  # fmt: skip
@@ -23,8 +23,8 @@ def still_brand(path: Path) -> str | None:
 def missing_bytes(path: Path) -> int:
     """Number of bytes missing at a file's end, by its own headers; 0 if these do not say.
 
-    MP4 and its relatives, Matroska and WebM, AVI, WebP and WMV say how long they are; MPEG transport streams have whole
-    packets.
+    Headers of MP4 and related formats, Matroska and WebM, AVI, WebP and WMV state sizes; MPEG transport streams consist
+    of whole packets.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -64,7 +64,7 @@ def _last_riff_end(file: BinaryIO, size: int) -> int:
     while position + 8 <= size:
         file.seek(position)
         kind, length = struct.unpack("<4sI", file.read(8))
-        if kind != b"RIFF" or length in (0, 2**32 - 1):  # not known when it was written
+        if kind != b"RIFF" or length in (0, 2**32 - 1):  # the size was not known when it was written
             return position
         position += 8 + length
     return position

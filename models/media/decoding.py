@@ -1,4 +1,4 @@
-"""Decoding videos with PyAV (FFmpeg), frame by frame, as a person sees them."""
+"""Decoding of videos with PyAV (FFmpeg), frame by frame, as players show them."""
 
 import functools
 import struct
@@ -21,25 +21,29 @@ from monarchrt.models.media.containers import missing_bytes
 from monarchrt.models.media.frames import Orientation, Shown, covering, cropped, on_white
 
 _EXAMPLE = "an .mp4 or .webm file with a video track"
-_OFFLINE = {"protocol_whitelist": "none"}  # a playlist opens no other files
+_OFFLINE = {"protocol_whitelist": "none"}  # playlists cannot open other files
 _START = (b"\0\0\0\1", b"\0\0\1")
-# streams in no container, which FFmpeg finds anywhere in a file, and how one begins that is nothing else
+# streams without a container, which FFmpeg finds anywhere in a file, and the first bytes of a genuine one
 _BARE = {"mjpeg": (b"\xff\xd8",)} | dict.fromkeys(("h264", "hevc", "vvc", "m4v", "mpegvideo"), _START)
-_LARGEST = 2**28  # pixels of a scaled frame
-_MATRICES = (1, 4, 5, 6, 7, 9)  # that FFmpeg converts; numbers of ITU-T H.273
+_LARGEST = 2**28  # limit on the pixels of a scaled frame
+_MATRICES = (1, 4, 5, 6, 7, 9)  # matrices that FFmpeg converts, numbered as in ITU-T H.273
 
 
 def open_video(path: Path, taken: Sequence[object]) -> Iterator[Shown]:
-    """The frames of a video file.
+    """Iterates over the frames of a video file.
 
-    The file is opened here and handed to FFmpeg, which never sees the name as one of its own (`take:1.mp4`, `a%03d`).
+    FFmpeg gets the open file rather than its name, which it could interpret as a protocol or pattern (`take:1.mp4`,
+    `a%03d`).
 
     Args:
         path: An existing file.
-        taken: Frames that were taken of it so far, for errors.
+        taken: The frames that the caller has used so far; their number is for errors.
+
+    Yields:
+        The frames.
 
     Raises:
-        UserError: If it has no video track, is damaged or cut off, or would not be read as it is seen.
+        UserError: If it has no video track, is damaged or truncated, or cannot be read as players show it.
     """
     try:
         if missing := missing_bytes(path):
@@ -93,7 +97,7 @@ def _video_stream(container: "av.container.InputContainer", path: Path) -> Any:
 
 
 def _decoded(container: "av.container.InputContainer", stream: Any, path: Path) -> Iterator[Any]:
-    """Yields decoded frames; a file that ends before its own index says so is an error."""
+    """Yields decoded frames; raises UserError if the file ends before its index does."""
     stream.thread_type = "AUTO"
     packets, end = 0, None
     for packet in container.demux(stream):
@@ -105,7 +109,7 @@ def _decoded(container: "av.container.InputContainer", stream: Any, path: Path) 
                 last = packet.pts + (packet.duration or 0)
                 end = last if end is None else max(end, last)
         yield from packet.decode()
-    # fewer packets than the index lists is fine if an edit list hides some, not if the end is missing
+    # fewer packets than in the index are valid if an edit list hides some, but not if the end is missing
     if stream.frames and packets < stream.frames and stream.duration and end is not None:
         missing = (stream.start_time or 0) + stream.duration - end
         if missing > 1.5 * stream.duration / stream.frames:
@@ -115,7 +119,7 @@ def _decoded(container: "av.container.InputContainer", stream: Any, path: Path) 
 
 
 def _progressive(frames: Iterator[Any], stream: Any) -> Iterator[Any]:
-    """Frames of two fields, taken at different times, become whole ones; others pass as they are."""
+    """Deinterlaces interlaced frames; passes on others unchanged."""
     graph = None
     for frame in frames:
         if graph is None and frame.interlaced_frame:
@@ -148,7 +152,7 @@ def _fit(frame: Any, path: Path, aspect: float, height: int, width: int) -> np.n
         raise UserError(f"video {path} has {size[0]} x {size[1]} pixels, too long and thin to fill {height} x {width}")
     matrix = _matrix(frame, colours)
     if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
-        # before it is scaled: hidden colours would bleed in at the edges
+        # before scaling, which would mix hidden colours into the edges
         opaque = on_white(frame.reformat(format="rgba", src_colorspace=matrix).to_ndarray())
         frame, matrix = av.VideoFrame.from_ndarray(np.ascontiguousarray(opaque), format="rgb24"), None
     form = "rgb24" if colours.ordinary else "rgb48le"
@@ -160,7 +164,7 @@ def _fit(frame: Any, path: Path, aspect: float, height: int, width: int) -> np.n
 
 
 def _orientation(frame: Any, path: Path) -> Orientation:
-    """How a camera was held, and whether it was the front one: the display matrix, x' = a x + c y, y' = b x + d y."""
+    """The orientation by the display matrix, x' = a x + c y, y' = b x + d y: rotation of the camera, and mirroring."""
     data = frame.side_data.get(SideData.DISPLAYMATRIX)
     if data is None:
         return Orientation()
@@ -185,7 +189,7 @@ def _colours(frame: Any, path: Path) -> Colours:
 
 
 def _matrix(frame: Any, colours: Colours) -> Colorspace | None:
-    """The matrix to RGB where the file names none, as players guess it; None is what the file names."""
+    """The matrix to RGB that players assume if the file names none; None if it does."""
     if frame.format.is_rgb or frame.colorspace in _MATRICES:
         return None
     if colours.transfer in (PQ, HLG) or colours.primaries == BT2020:

@@ -1,4 +1,4 @@
-"""Frames as a person sees them: a common form of what videos and pictures give, fitted to a size."""
+"""Frames of videos and pictures in a common form, with orientation and scaling."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,13 +10,13 @@ from jaxtyping import UInt8
 
 from monarchrt.models.errors import UserError
 
-LARGEST = 8192  # pixels, either way
-_JITTER = 1.5e-3  # seconds; containers round times to milliseconds
-_LONGEST_HOLD = 10_000  # frames
+LARGEST = 8192  # limit on height and width in pixels
+_JITTER = 1.5e-3  # tolerance in seconds; containers round times to milliseconds
+_LONGEST_HOLD = 10_000  # limit on repetitions of a frame
 
 
 class Orientation(NamedTuple):
-    """How a stored picture becomes upright: rows and columns exchanged first, then mirrored.
+    """The operation that makes a stored picture upright: transposition, then mirroring.
 
     Examples:
         >>> picture = np.array([[1, 2], [3, 4]])
@@ -39,9 +39,9 @@ class Shown(NamedTuple):
     """A frame of a file.
 
     Attributes:
-        time: When it appears, in seconds; None if the file does not say.
-        duration: For how long, in seconds; None if the file does not say.
-        fit: Makes the RGB picture of a height and width, uint8.
+        time: Time at which it appears in seconds; None if the file has none.
+        duration: Duration in seconds; None if the file has none.
+        fit: Returns the RGB picture of a given height and width, uint8.
     """
 
     time: float | None
@@ -50,15 +50,18 @@ class Shown(NamedTuple):
 
 
 def at_rate(frames: Iterable[Shown], fps: float | int, path: Path) -> Iterator[Shown]:
-    """The frames seen at the times 0, 1/fps, 2/fps, ... after the first appears, until the last ends.
+    """Samples the frames shown at the times 0, 1/fps, 2/fps, ... after the first appears, until the last ends.
 
     Args:
-        frames: In the order of their times.
+        frames: Frames in order of time.
         fps: Frames per second.
-        path: For errors.
+        path: The file, for errors.
+
+    Yields:
+        The sampled frames.
 
     Raises:
-        UserError: If a frame has no time, or one would be held for ever.
+        UserError: If a frame has no time, or the times have too long a gap.
     """
     jitter = min(_JITTER, 0.25 / fps)
     seen: Shown | None = None
@@ -94,7 +97,7 @@ def check_size(height: int, width: int) -> None:
 def covering(
     stored: tuple[int, int], wanted: tuple[int, int], *, orientation: Orientation, aspect: float = 1.0
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How a stored picture is scaled to cover the wanted size with its shape kept, and cropped in the middle.
+    """Sizes for scaling a stored picture to cover a size, keeping its aspect ratio, and cropping it in the middle.
 
     Examples:
         >>> covering((288, 360), (288, 512), orientation=Orientation(), aspect=64 / 45)  # television of 16:9
@@ -102,9 +105,9 @@ def covering(
 
     Args:
         stored: Height and width in the file.
-        wanted: Height and width when it is upright.
-        orientation: How it becomes upright.
-        aspect: Width of a stored pixel over its height.
+        wanted: Height and width of the upright result.
+        orientation: Orientation of the stored picture.
+        aspect: Width of a stored pixel divided by its height.
 
     Returns:
         Height and width to scale to and to crop to, both before it is made upright.
@@ -123,7 +126,7 @@ def cropped(picture: np.ndarray, target: tuple[int, int], orientation: Orientati
 
 
 def fit_rgb(picture: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
-    """An upright picture, scaled by area to cover a size and cropped in the middle."""
+    """Scales an upright picture by area to cover a size, and crops it in the middle."""
     scaled, target = covering(picture.shape[:2], (height, width), orientation=Orientation())
     if scaled != picture.shape[:2]:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
@@ -132,7 +135,7 @@ def fit_rgb(picture: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UIn
 
 
 def on_white(rgba: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
-    """What is seen of a transparent picture on a white page; colours under transparent parts do not show.
+    """Composes a transparent picture on white.
 
     Examples:
         >>> on_white(np.array([[[9, 9, 9, 0], [9, 9, 9, 255]]], np.uint8)).tolist()

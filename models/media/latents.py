@@ -1,12 +1,12 @@
 """A fixed, invertible map between pixels and latents.
 
-The pretrained Wan VAE is not part of this project, so training runs on latents from a transform without weights: each
-patch x patch block of pixels becomes one latent position, its channels the coefficients of an orthonormal colour
-transform and an orthonormal 2-D cosine transform (DCT-II). It loses nothing, unlike a VAE, and does not compress: a
-latent has as many numbers as its pixels. Being orthonormal, it maps unit Gaussian noise to unit Gaussian noise.
+The pretrained Wan VAE is not part of this project, so training on videos uses a transform without weights: each patch x
+patch block of pixels becomes one latent position, whose channels are the coefficients of an orthonormal colour
+transform and an orthonormal 2-D cosine transform (DCT-II). Unlike a VAE it is lossless and does not compress: a latent
+has as many numbers as its pixels. Being orthonormal, it maps unit Gaussian noise to unit Gaussian noise.
 
 Natural images have most of their variance in the low frequencies. A fixed gain for each channel, the inverse of a
-typical standard deviation raised to the power `whitening`, evens that out.
+typical standard deviation raised to the power `whitening`, reduces these differences.
 """
 
 import functools
@@ -76,12 +76,12 @@ class PatchDCT:
 
     @property
     def gain(self) -> Float32[np.ndarray, "c"]:
-        """What each coefficient is multiplied with."""
+        """Factor of each coefficient."""
         return (_typical_std(self.patch) ** -self.whitening).astype(np.float32)
 
     @property
     def synthesis(self) -> Float32[np.ndarray, "c c"]:
-        """Latents times this are the pixels of a block in [-1, 1], in the order (row, column, rgb)."""
+        """The matrix from latents to the pixels of a block in [-1, 1], in the order (row, column, rgb)."""
         return (_analysis(self.patch) / self.gain[:, None].astype(np.float64)).astype(np.float32)
 
     def encode(self, video: UInt8[np.ndarray, "*f H W 3"]) -> Float32[np.ndarray, "*f h w c"]:

@@ -1,4 +1,4 @@
-"""How close two videos are: PSNR and SSIM of 8-bit frames."""
+"""PSNR and SSIM between videos of 8-bit frames."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ def fidelity(video: UInt8[np.ndarray, "t h w 3"], reference: UInt8[np.ndarray, "
         reference: RGB frames of the same shape.
 
     Returns:
-        Both numbers.
+        PSNR and SSIM.
 
     Raises:
         ValueError: If the shapes differ.

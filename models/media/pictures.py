@@ -1,4 +1,4 @@
-"""Reading pictures, still and animated, with Pillow: upright, in the screen's colours, without transparency."""
+"""Reading of still and animated pictures with Pillow: upright, in sRGB, without transparency."""
 
 import contextlib
 import io
@@ -18,23 +18,26 @@ from monarchrt.models.media.containers import missing_bytes, still_brand
 from monarchrt.models.media.frames import Shown, fit_rgb, on_white
 
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "PPM", "JPEG2000")
-_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # others hold pages, or what belongs to the first picture
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # in others, further pictures are pages or belong to the first one
 _RAW = (".dng", ".nef", ".nrw", ".arw", ".sr2", ".cr2", ".pef", ".orf", ".rw2", ".3fr", ".iiq")
 _SUBFILE, _DNG_VERSION, _ORIENTATION = 254, 50706, 274
-_DEFAULT_SECONDS = 0.1  # as browsers show frames of no duration
+_DEFAULT_SECONDS = 0.1  # duration that browsers use for frames without one
 _SAVE = "save it as PNG or JPEG"
 
 
 def open_picture(path: Path) -> Iterator[Shown] | None:
-    """The frames of a picture; None if the file is none.
+    """Opens a picture; returns its frames, or None if the file is not a picture.
 
-    Transparent parts are white. Colours are brought to sRGB by the picture's profile, HDR as `to_ordinary` says.
+    Transparent parts become white. Colours are converted to sRGB by the picture's profile, and HDR by `to_ordinary`.
 
     Args:
         path: An existing file.
 
+    Returns:
+        An iterator over the frames, or None.
+
     Raises:
-        UserError: If it is a picture that cannot be read as a person sees it, damaged or too large.
+        UserError: If it is a picture that is damaged, too large, or cannot be read as viewers show it.
     """
     with _said(path), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -58,7 +61,7 @@ def open_picture(path: Path) -> Iterator[Shown] | None:
 
 
 def _problem(image: Image.Image, path: Path) -> str | None:
-    """Why a picture would not be read as it is seen; None if it is."""
+    """Description of an unsupported property of a picture; None if there is none."""
     if image.mode in ("F", "LAB") or (image.mode == "I" and image.format == "TIFF"):
         return f"has pixels of the kind {image.mode}, which have no one look; {_SAVE}"
     if image.format == "TIFF":
@@ -81,7 +84,7 @@ def _frames(image: Image.Image, path: Path) -> Iterator[Shown]:
         colours = _signalled(path) if image.format in ("AVIF", "PNG") else Colours()
         if problem := colours.problem:
             raise UserError(f"picture {path} has {problem}; {_SAVE}")
-        if image.info.get("default_image"):  # for readers that know no animation
+        if image.info.get("default_image"):  # a still picture for readers that do not support animations
             index = 1
         animated = image.format in _ANIMATED and getattr(image, "is_animated", False)
         while True:
@@ -91,7 +94,7 @@ def _frames(image: Image.Image, path: Path) -> Iterator[Shown]:
                 return
             picture = _seen(image, colours)
             seconds = image.info.get("duration", 0) / 1000
-            # browsers take what is too short to be meant for none
+            # like browsers, treats implausibly short durations as missing
             seconds = seconds if seconds > 0.01 else _DEFAULT_SECONDS
             yield Shown(time, seconds if animated else None, lambda h, w, picture=picture: fit_rgb(picture, h, w))
             if not animated:
@@ -100,7 +103,7 @@ def _frames(image: Image.Image, path: Path) -> Iterator[Shown]:
 
 
 def _seen(image: Image.Image, colours: Colours) -> np.ndarray:
-    """A picture's pixels, RGB."""
+    """The pixels of a picture in RGB."""
     if image.mode.startswith("I"):  # 16 bits of grey
         levels = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
         grey = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
@@ -122,7 +125,7 @@ def _seen(image: Image.Image, colours: Colours) -> np.ndarray:
 
 
 def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """Colours by a profile to sRGB; one that is damaged or of other channels is left alone, as viewers do."""
+    """Converts colours to sRGB by a profile; like viewers, ignores a profile that is damaged or for other channels."""
     with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if not ImageCms.getProfileDescription(source).startswith("sRGB"):
@@ -132,7 +135,7 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _signalled(path: Path) -> Colours:
-    """Transfer and primaries that an AVIF or a PNG names, which Pillow does not tell."""
+    """Transfer characteristics and primaries of an AVIF or a PNG, which Pillow does not provide."""
     try:
         with path.open("rb") as file, av.open(file, "r", options={"protocol_whitelist": "none"}) as container:
             frame = next(container.decode(video=0))
@@ -143,7 +146,7 @@ def _signalled(path: Path) -> Colours:
 
 @contextlib.contextmanager
 def _said(path: Path) -> Iterator[None]:
-    """Turns what Pillow raises into a UserError that names the file."""
+    """Turns errors of Pillow into a UserError that names the file."""
     try:
         yield
     except UserError:

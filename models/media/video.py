@@ -1,4 +1,4 @@
-"""Reading and writing video files with PyAV (FFmpeg).
+"""Reading and writing of video files with PyAV (FFmpeg).
 
 A clip is a uint8 array [T, H, W, 3] of RGB frames.
 """
@@ -29,10 +29,10 @@ def read_clip(
     min_frames: int = 1,
     fps: float | int = 0,
 ) -> UInt8[np.ndarray, "t h w 3"]:
-    """Reads a clip or a picture as a person sees it, resized to cover `height x width` and cropped in the middle.
+    """Reads a clip or a picture as players show it, resized to cover `height x width` and cropped in the middle.
 
-    Frames are upright, their pixels square, interlaced ones made whole, transparent parts white, HDR and wide gamuts
-    as an ordinary screen shows them; what cannot be read so is refused by name.
+    Frames are made upright with square pixels and deinterlaced, transparent parts become white, and HDR and wide gamuts
+    are converted for an ordinary screen. Files for which this is not possible are refused.
 
     Args:
         path: A video file that FFmpeg can decode, or a picture, still or animated.
@@ -40,16 +40,16 @@ def read_clip(
         width: Width of the result in pixels.
         stride: Take every `stride`-th frame, beginning with the first.
         max_frames: Stop after this many frames have been taken.
-        min_frames: Fewest frames that will do.
-        fps: Frames per second to read at, by the file's timestamps; `stride` counts among those. 0 reads the frames
-            that are stored, whatever their times.
+        min_frames: Smallest acceptable number of frames.
+        fps: Frames per second to read at, by the file's timestamps, before `stride`. 0 reads the frames as stored,
+            regardless of timestamps.
 
     Returns:
         RGB frames, uint8 [T, height, width, 3].
 
     Raises:
-        UserError: If the file is missing, empty, damaged or cut off, has no video track, is too short, or is of a
-            kind that would not look as it should.
+        UserError: If the file is missing, empty, damaged or truncated, has no video track, is too short, or has
+            unsupported properties.
 
     Examples:
         >>> read_clip("nowhere.mp4", height=64, width=64)  # doctest: +ELLIPSIS
@@ -84,7 +84,7 @@ def read_clip(
 
 
 def _open(path: Path, frames: Sequence[object]) -> Generator[Shown]:
-    """The frames of a file of either kind; `frames` are those taken so far, for errors."""
+    """The frames of a video or picture; `frames` are those used so far, for errors."""
     picture = open_picture(path)
     yield from open_video(path, frames) if picture is None else picture
 
@@ -92,24 +92,24 @@ def _open(path: Path, frames: Sequence[object]) -> Generator[Shown]:
 def write_mp4(
     path: Path | str, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float | int = 12.0, quality: int = 16
 ) -> Path:
-    """Writes frames as H.264 in yuv420p, which every player shows.
+    """Writes frames as H.264 in yuv420p, which every player supports.
 
     Odd sizes are padded by repeating the last row or column, since yuv420p needs even ones. The file appears under its
-    name only once it is complete.
+    name only when it is complete.
 
     Args:
-        path: The file to write; its folder is made if needed.
+        path: The file; its folder is created if needed.
         frames: RGB, uint8 [T, H, W, 3].
         fps: Frames per second.
-        quality: The encoder's CRF: 16 looks the same as the input, 30 is coarse; 0 loses nothing but the resolution of
-            colours, halved in yuv420p.
+        quality: The encoder's CRF: 16 is visually lossless, 30 is coarse; 0 loses only chroma resolution, which yuv420p
+            halves.
 
     Returns:
         The path.
 
     Raises:
         UserError: If there are no frames.
-        DiskFullError: If there is no room.
+        DiskFullError: If the disk is full.
     """
     return _written(Mp4Writer(path, fps=fps, quality=quality), frames)
 
@@ -117,20 +117,20 @@ def write_mp4(
 def write_video(
     path: Path | str, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float | int = 12.0, quality: int = 16
 ) -> Path:
-    """Writes frames as the ending says, see `open_writer`; otherwise as `write_mp4`.
+    """Writes frames in the format that the name ends in, see `open_writer`.
 
     Args:
         path: The file or folder.
         frames: RGB, uint8 [T, H, W, 3].
         fps: Frames per second.
-        quality: Of an mp4.
+        quality: As in `write_mp4`, for an .mp4.
 
     Returns:
         The path.
 
     Raises:
-        UserError: If there are no frames, or nothing is written under such a name.
-        DiskFullError: If there is no room.
+        UserError: If there are no frames, or the ending is not supported.
+        DiskFullError: If the disk is full.
     """
     return _written(open_writer(path, fps=fps, quality=quality), frames)
 

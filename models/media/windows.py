@@ -1,4 +1,4 @@
-"""Videos cut into windows, some of which are held out of training."""
+"""Splitting of videos into windows for training and held-out windows."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,30 +23,30 @@ class Starts(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """Frames of clips one after another, uint8 [T, H, W, 3], and how many each clip has."""
+    """Concatenated frames of clips, uint8 [T, H, W, 3], and the number of frames of each clip."""
 
     frames: UInt8[np.ndarray, "T H W 3"]
     lengths: tuple[int, ...]
 
 
 def window_starts(lengths: Sequence[int], *, window: int, held_out: float, gap: int) -> Starts:
-    """Splits clips that lie one after another into windows; none of the one kind has a frame of the other.
+    """Splits concatenated clips into windows for training and held-out windows, which share no frames.
 
-    One clip is split by time: `gap` frames between the parts belong to neither. Of several, the last ones are held out
-    whole; a window lies in one clip.
+    A single clip is split in time, and `gap` frames between the parts belong to neither. Of several clips, the last
+    ones are held out. A window lies within one clip.
 
     Examples:
         >>> window_starts([12], window=3, held_out=0.4, gap=1)
         Starts(train=range(0, 5), held_out=range(8, 10))
 
     Args:
-        lengths: Frames of each clip.
-        window: Frames of a window.
-        held_out: Fraction at the end that is held out.
-        gap: Frames left out between the parts of one clip.
+        lengths: Number of frames of each clip.
+        window: Number of frames of a window.
+        held_out: Fraction of the frames or clips, at the end, that is held out.
+        gap: Number of frames between the parts of a single clip.
 
     Returns:
-        The starts; none where a part is shorter than a window.
+        First frames of the windows; a part that is shorter than a window has none.
     """
     if len(lengths) > 1:
         starts = [_starts(first, length, window) for first, length in _placed(lengths)]
@@ -57,7 +57,7 @@ def window_starts(lengths: Sequence[int], *, window: int, held_out: float, gap: 
 
 
 def held_out_count(count: int, share: float) -> int:
-    """How many of several files are held out: about this share, at least one, and not all.
+    """Number of held-out files: about this fraction, at least one, and not all.
 
     Examples:
         >>> held_out_count(10, 0.25), held_out_count(2, 0.01)
@@ -67,21 +67,21 @@ def held_out_count(count: int, share: float) -> int:
 
 
 def read_videos(video: Path, *, height: int, width: int, stride: int, fps: float, window: int) -> Frames:
-    """Reads a video, or all videos of a folder by name, as `monarchrt.models.media.video.read_clip` does each.
+    """Reads a video, or all videos of a folder in order of their names, by `monarchrt.models.media.video.read_clip`.
 
     Args:
-        video: A file, or a folder of them.
-        height: In pixels.
-        width: In pixels.
-        stride: Every n-th frame.
-        fps: Frames per second to read at; 0 takes the frames that are stored.
-        window: Frames that each of several must have.
+        video: A file, or a folder of files.
+        height: Height in pixels.
+        width: Width in pixels.
+        stride: As in `read_clip`.
+        fps: As in `read_clip`.
+        window: Least number of frames of each video in a folder.
 
     Returns:
         The frames.
 
     Raises:
-        UserError: If one cannot be read, or the folder has none.
+        UserError: If a video cannot be read, or the folder has none.
     """
     files = _videos(video) if video.is_dir() else [video]
     least = window if len(files) > 1 else 1
@@ -90,7 +90,7 @@ def read_videos(video: Path, *, height: int, width: int, stride: int, fps: float
 
 
 def cut(frames: UInt8[np.ndarray, "T H W 3"], start: int, *, window: int, height: int, width: int) -> np.ndarray:
-    """One window, cropped in the middle, uint8 [window, height, width, 3]."""
+    """Returns one window, cropped in the middle, uint8 [window, height, width, 3]."""
     top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
     return frames[start : start + window, top : top + height, left : left + width]
 
@@ -106,7 +106,7 @@ def _videos(folder: Path) -> list[Path]:
 
 
 def _placed(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First frame and length of clips that lie one after another."""
+    """First frame and length of each of several concatenated clips."""
     return zip(np.cumsum([0, *lengths[:-1]]).tolist(), lengths, strict=True)
 
 

@@ -1,6 +1,6 @@
-"""Writing videos frame by frame, with the settings that made them; what was written is kept if it must end early.
+"""Writing of videos frame by frame, with their settings as metadata; an interrupted video keeps its frames so far.
 
-The ending of the name says how: .mp4 for every player; .mkv, or a folder of PNG files, for exactly these frames.
+The ending of the name determines the format: .mp4 for every player; .mkv, or a folder of PNG files, for exact frames.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from monarchrt.models.checkpoints.json_files import parse_json
 from monarchrt.models.errors import UserError, report_full_disk
 from monarchrt.models.files import growing, is_litter, remove_abandoned, unfinished
 
-KEY = "monarchrt"  # in the JSON of the comment
-FREE = "free some space"  # what to do about a full disk
+KEY = "monarchrt"  # key of the settings in the JSON of the comment
+FREE = "free some space"  # advice for a full disk
 
 
 def check_writable(path: Path, *, overwrite: bool = False) -> None:
-    """Finds out before anything is computed whether a file can be written; leaves nothing behind.
+    """Checks, before any computation, that a video can be written; creates at most its folder.
 
     Args:
-        path: The file; its folder is made if needed.
+        path: The file; its folder is created if needed.
         overwrite: Whether it may exist.
 
     Raises:
-        UserError: If it exists, or cannot be written, with the reason.
+        UserError: If it exists, or cannot be written; the message says why.
     """
     names = _frame_names(path)
     if names is not None:
@@ -71,14 +71,14 @@ def _check_frames_writable(path: Path, names: Path, overwrite: bool) -> None:
 
 
 def _frame_names(path: Path) -> Path | None:
-    """Names of the PNG files of a video, with %05d for the number: of a folder, or as given; None for another kind."""
+    """The pattern of a video's PNG files, with %05d for the number; None if the path is not a folder or pattern."""
     if re.fullmatch(r"[^%]*%(0\d)?d[^%]*\.png", path.name, re.IGNORECASE):
         return path
     return path / "%05d.png" if not path.suffix or (path.is_dir() and path.suffix.lower() not in _WRITERS) else None
 
 
 def _frames_there(names: Path) -> list[Path]:
-    """Frames of an earlier video of these names."""
+    """Existing files that match the pattern."""
     head, _, tail = re.split(r"%(0\d)?d", names.name)
     pattern = re.compile(rf"{re.escape(head)}\d+{re.escape(tail)}")
     entries = sorted(names.parent.iterdir()) if names.parent.is_dir() else []
@@ -86,16 +86,16 @@ def _frames_there(names: Path) -> list[Path]:
 
 
 def check_folder(name: str, path: Path) -> None:
-    """Raises UserError unless a file can be made there; makes its folder, and no file.
+    """Raises UserError unless a file can be created; creates its folder, but no file.
 
     Args:
-        name: What the error calls it.
+        name: Name of its option, for the error.
         path: The file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent, name=path.name)
-        # a new name, as another process may be writing there; as long as the one that the file will grow under
+        # a new name, as another process may be writing there; as long as the temporary name of the file
         with (
             report_full_disk(path, then=FREE),
             tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".part"),
@@ -107,7 +107,7 @@ def check_folder(name: str, path: Path) -> None:
 
 @runtime_checkable
 class VideoWriter(Protocol):
-    """Takes frames as they come; a context manager, which completes what is written on leaving."""
+    """A writer of frames, and a context manager that completes the video at the end of the block."""
 
     path: Path
     frames: int
@@ -128,7 +128,7 @@ class VideoWriter(Protocol):
 
 
 def open_writer(path: Path | str, **options: Any) -> VideoWriter:
-    """The writer for a name: .mp4, .mkv for exact frames, a folder or `frames/%05d.png` for exact frames as PNG.
+    """Creates the writer for a name: .mp4, .mkv for exact frames, a folder or `frames/%05d.png` for exact PNG frames.
 
     Examples:
         >>> [type(open_writer(name)).__name__ for name in ("a.mp4", "a.mkv", "a", "a/%05d.png")]
@@ -136,10 +136,13 @@ def open_writer(path: Path | str, **options: Any) -> VideoWriter:
 
     Args:
         path: The file or folder.
-        **options: As `Mp4Writer`.
+        **options: As in `Mp4Writer`.
+
+    Returns:
+        The writer.
 
     Raises:
-        UserError: If the name is of none of them.
+        UserError: If the ending is not supported.
     """
     path = Path(path)
     if _frame_names(path) is not None:
@@ -150,10 +153,10 @@ def open_writer(path: Path | str, **options: Any) -> VideoWriter:
 
 
 class Mp4Writer:
-    """Writes H.264 in yuv420p, which every player shows; the file appears under its name when it is complete.
+    """Writes H.264 in yuv420p, which every player supports; the file appears under its name when it is complete.
 
-    As a context manager, it completes the file on leaving, also when Ctrl-C or an error ends it early: the frames so
-    far are kept. Without any frame there is no file.
+    As a context manager, it completes the file at the end of the block, also after Ctrl-C or an error, and keeps the
+    frames so far. Without frames there is no file.
 
     Examples:
         >>> import tempfile
@@ -164,13 +167,13 @@ class Mp4Writer:
         {'seed': 3}
 
     Args:
-        path: The file; its folder is made if needed.
+        path: The file; its folder is created if needed.
         fps: Frames per second.
-        quality: The encoder's CRF: 16 looks the same as the input, 30 is coarse; 0 loses nothing but the resolution of
-            colours, halved in yuv420p.
+        quality: The encoder's CRF: 16 is visually lossless, 30 is coarse; 0 loses only chroma resolution, which yuv420p
+            halves.
         settings: JSON values to store in the metadata, under `comment`.
-        title: For the metadata.
-        overwrite: Whether a file that has appeared under the name by the end is replaced; if not, this one gets another
+        title: Title in the metadata.
+        overwrite: Whether to replace a file that exists when the video is complete; if not, the video gets another
             name.
     """
 
@@ -196,7 +199,7 @@ class Mp4Writer:
         self._growing = contextlib.ExitStack()
         self._container: Any = None
         self._stream: Any = None
-        self._failed = False  # to write, and FFmpeg then crashes if it is to write more without its header
+        self._failed = False  # whether writing failed; FFmpeg crashes if it then writes more without its header
 
     def write(self, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
         """Appends frames. Odd sizes are padded by repeating the last row or column, since yuv420p needs even ones.
@@ -220,8 +223,8 @@ class Mp4Writer:
     def _open(self, height: int, width: int) -> Any:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self._growing.enter_context(growing(self.path))
-        # absolute: FFmpeg takes what is before a colon for a protocol
-        # Matroska numbers each file at random, unless it is to be the same each time
+        # an absolute path, since FFmpeg takes the text before a colon as a protocol
+        # reproducible files: by default Matroska gives each file a random number
         exact = {"fflags": "+bitexact"} if self._format == "matroska" else {}
         container = av.open(f"file:{part.absolute()}", "w", format=self._format, options=exact)
         container.metadata.update(self._metadata)
@@ -232,19 +235,20 @@ class Mp4Writer:
     def _add_stream(self, container: Any) -> Any:
         stream = container.add_stream("libx264", rate=self._fps)
         stream.pix_fmt = "yuv420p"
-        # untagged, players take 720 rows and more for BT.709, and colours shift
+        # without a tag, players assume BT.709 for 720 rows or more, and colours shift
         stream.codec_context.colorspace = Colorspace.ITU601
         stream.codec_context.color_range = ColorRange.MPEG
-        # one thread, and no propagation along motion: else the same frames do not always give the same file
+        # reproducible files: one thread, and no macroblock tree
         stream.options = {"crf": str(self._quality), "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
         return stream
 
     def close(self) -> None:
-        """Completes the file; if something of it could not be written, none is left.
+        """Completes the file; if it cannot be written completely, it is removed.
 
         Raises:
-            DiskFullError: If there is no room.
-            UserError: If there is a file by now that may not be replaced; says which name this one has.
+            DiskFullError: If the disk is full.
+            UserError: If a file with this name has been created meanwhile and may not be replaced; the message says
+                under which name the video was kept.
         """
         container, self._container = self._container, None
         if container is None:
@@ -286,7 +290,7 @@ class Mp4Writer:
 
 
 class MkvWriter(Mp4Writer):
-    """Writes FFV1 in Matroska: what is read back are exactly these frames. Otherwise as `Mp4Writer`, less `quality`."""
+    """Writes lossless FFV1 in Matroska; otherwise as `Mp4Writer`, and `quality` is not used."""
 
     _format, _multiple = "matroska", 1
 
@@ -298,17 +302,17 @@ class MkvWriter(Mp4Writer):
 
 
 class PngWriter:
-    """Writes a PNG file per frame, numbered from 0: into a folder, or as `frames/%05d.png` says. Frames are exact.
+    """Writes a lossless PNG file per frame, numbered from 0, into a folder or by a pattern such as `frames/%05d.png`.
 
-    Each file appears when its frame comes, whole. The settings are in the first.
+    Each file appears complete when its frame is written. The settings are in the first file.
 
     Args:
-        path: The folder, or the names with `%05d` for the number.
-        fps: Not stored; so that it can stand for `Mp4Writer`.
+        path: The folder, or the pattern with `%05d` for the number.
+        fps: Not used; for the same interface as `Mp4Writer`.
         quality: Not used.
         settings: JSON values to store in the first file, under `comment`.
-        title: For the first file.
-        overwrite: Whether frames that are there already make way; if not, frames stop at the first that is.
+        title: Title in the first file.
+        overwrite: Whether to replace existing frames; if not, an existing frame is an error.
     """
 
     def __init__(
@@ -331,11 +335,11 @@ class PngWriter:
             self._texts["Title"] = title
 
     def write(self, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
-        """Writes files.
+        """Writes a file for each frame.
 
         Raises:
-            DiskFullError: If there is no room.
-            UserError: If a file is there by now that may not be replaced.
+            DiskFullError: If the disk is full.
+            UserError: If a file exists and may not be replaced.
         """
         from PIL import Image, PngImagePlugin
 
@@ -359,7 +363,7 @@ class PngWriter:
                 self.frames += 1
 
     def close(self) -> None:
-        """Nothing is left to do."""
+        """Does nothing: the files are complete."""
 
     def __enter__(self) -> "PngWriter":
         return self
@@ -374,16 +378,16 @@ _WRITERS = {".mp4": Mp4Writer, ".mkv": MkvWriter}
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:
-    """The settings that a writer stored in a video.
+    """Reads the settings that a writer stored in a video.
 
     Args:
-        path: The file; a folder of PNG files, or the first of them.
+        path: The video file, a folder of PNG files, or the first of these.
 
     Returns:
-        JSON values.
+        JSON values by name.
 
     Raises:
-        UserError: If the file cannot be read, or holds none.
+        UserError: If the file cannot be read, or has no settings.
     """
     path = Path(path)
     names = _frame_names(path)

@@ -1,7 +1,7 @@
-"""Samplers: from noise and a flow prediction to latents, many-step, few-step, and one block of frames after another.
+"""Samplers, which turn noise into latents by a network's flow prediction: many-step, few-step, and block by block.
 
-A sampler is a table of numbers (`SamplerTable`), computed in float64 from a noise schedule; one function, `sample`,
-carries out any of them.
+A sampler is a table of coefficients (`SamplerTable`), computed in float64 from a noise schedule; the function `sample`
+runs any of them.
 """
 
 from monarchrt.models.sampling.bidirectional import Windows, windows

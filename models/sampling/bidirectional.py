@@ -1,4 +1,4 @@
-"""Whole clips at once with a bidirectional model, and longer videos as windows that continue each other."""
+"""Generation of whole clips with a bidirectional model, and of longer videos as windows that continue each other."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ class Windows:
     """The settings of a generation by windows.
 
     Attributes:
-        sampler: As in `sampler_table`, which may be a table of your own.
+        sampler: Name of a sampler, as in `sampler_table`, or a table.
         steps: Network calls per window, or for few-step the list of its timesteps; None: the sampler's default.
         shift: Shift of the noise levels.
         guidance: Weight of classifier-free guidance, with a negative text; 1 is none.
         window: Latent frames that are denoised together; None: all.
-        context: How many of these are finished frames that a following window starts with; needs a model trained with
-            a noise level per frame.
+        context: Number of finished latent frames at the start of each following window; needs a model trained with a
+            noise level per frame.
         context_noise: Timestep, 0 to 1000, given to the network for these finished frames, which are clean.
     """
 
@@ -71,7 +71,7 @@ class Windows:
         return windows
 
     def noise(self, key: Key[Array, ""], shape: tuple[int, ...], *, given: int = 0) -> Noise:
-        """The noise that `windows` draws from a key, to use it elsewhere.
+        """The noise that `windows` draws from a key, for use elsewhere.
 
         Examples:
             >>> noise = Windows(window=3).noise(jax.random.key(0), (1, 6, 4, 8, 16))
@@ -211,7 +211,7 @@ def _windows(model, text, negative, frames, size, key, settings, initial, noise)
         yield initial
     used, part = 0, None
     for number, new in enumerate(settings.new_frames(frames, given=done)):
-        if part is not None:  # not after the last one, where it would be compiled for nothing
+        if part is not None:  # not after the last window, for which it would be compiled unnecessarily
             past = part if context is None else jnp.concatenate([context, part], axis=1)
             context = past[:, -settings.context :]
         shape = (text.shape[0], new, *size, model.config.out_channels)

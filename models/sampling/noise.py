@@ -1,4 +1,4 @@
-"""Noise to exchange with other implementations: a video's initial noise, and what stochastic samplers add."""
+"""Noise for exchange with other implementations: initial noise of a video, and noise that stochastic samplers add."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from monarchrt.models.sampling.tables import SamplerTable
 
 
 class Noise(NamedTuple):
-    """All unit Gaussian noise of a video's new frames, so that two implementations can be compared.
+    """All unit Gaussian noise of a video's new frames, for comparing implementations.
 
     Attributes:
         first: Initial noise of the frames, [B, F, H, W, C].

@@ -1,7 +1,7 @@
-"""One block of frames after another with a cache of what came before (Self-Forcing, arXiv:2506.08009, algorithm 1).
+"""Generation block by block with a cache of earlier blocks (Self-Forcing, arXiv:2506.08009, algorithm 1).
 
-A block is denoised, and before the next one its keys and values are rewritten from the finished latents at time 0. All
-network calls use one compiled program, the same for every step and block, with the cache donated.
+After a block is denoised, its keys and values are rewritten from the finished latents at time 0. All network calls use
+one compiled program, the same for every step and block, with the cache donated.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from monarchrt.models.wan.causal import (
 from monarchrt.models.wan.rope import MAX_POSITIONS
 from monarchrt.models.wan.unrolled import UnrolledWan, merged
 
-FEW = 64  # up to this many calls, timesteps are embedded once per video
+FEW = 64  # with at most this many calls, timesteps are embedded once per video
 
 
 @partial(jax.jit, static_argnames=("graph", "rollout"), donate_argnames="cache", compiler_options=LIBRARY_PRODUCTS)
@@ -55,7 +55,7 @@ def call_network(
     *,
     rollout: Rollout,
 ) -> tuple[SolverState, WanCache]:
-    """One call of the network on a block, which also writes the block into the cache; there is no other call.
+    """One call of the network on a block, which also writes the block into the cache; all calls are of this form.
 
     Args:
         graph: From `nnx.split(model)`.
@@ -87,7 +87,7 @@ def call_network(
 def begin_block(
     key: Key[Array, ""], frame: Array, first: Array | None = None, *, shape: tuple[int, ...]
 ) -> SolverState:
-    """The state a block starts from: noise, or given latents. Arguments as for `call_network`."""
+    """The state from which a block starts: noise, or given latents `first`. Other arguments as in `call_network`."""
     noise = block_noise(jax.random.fold_in(key, frame[0]), shape) if first is None else first.astype(jnp.float32)
     return SolverState.init(noise)
 
@@ -96,7 +96,7 @@ def begin_block(
 def embed_calls(graph: nnx.GraphDef, params: Any, *, rollout: Rollout) -> tuple[Array, Array] | None:
     """Embeddings of the timesteps of all calls, [calls, D] and [calls, 6, D]; None if there are too many.
 
-    Without them, each call would read as many bytes of float32 weights for this as for a layer.
+    Without them, each call would read as many bytes of float32 weights for the embedding as for a layer.
     """
     table = rollout.calls()
     if table.steps > FEW:
@@ -122,14 +122,14 @@ def _flow(
     rollout: Rollout,
     times: tuple[Array, Array] | None = None,
 ) -> tuple[Array, WanCache]:
-    """The flow at the block; in a cache of twice the batch, the second half is the negative text's.
+    """The flow of a block; with guidance, the cache has twice the batch, and the second half is for the negative text.
 
-    `times` is the timestep's embedding, [D], and its projection, [6, D], if they are known.
+    `times` is the embedding of the timestep, [D], and its projection, [6, D], if they were computed before.
     """
     model, layers = network
     guides = cache.shape.batch == 2 * x.shape[0]
     x = paired(x, x) if guides else x
-    number = -(-frame[0] // rollout.block)  # also where the first frame is a block of its own
+    number = -(-frame[0] // rollout.block)  # also correct if the first frame is a block of its own
     flow, cache = cached_forward(
         model,
         x,
@@ -146,7 +146,7 @@ def _flow(
 
 
 def _of_each(of_one: Array, x: Array) -> Array:
-    """Broadcast to each sample of a batch, for all of its frames: [B, 1, ...]."""
+    """Broadcasts an array to the samples of a batch, [B, 1, ...], for all frames."""
     return jnp.broadcast_to(of_one, (x.shape[0], 1, *of_one.shape))
 
 
@@ -161,7 +161,7 @@ def start_cache(
     width: int,
     rollout: Rollout,
 ) -> WanCache:
-    """An empty cache; for guidance, `text` is `paired` with the negative one. `frames` is used without a window."""
+    """An empty cache; for guidance, `text` is `paired` with the negative text. `frames` is used without a window."""
     model, layers = merged(graph, params)
     return init_cache(
         model,
@@ -186,7 +186,7 @@ def autoregressive(
     initial: Float[Array, "B K H W C"] | None = None,
     noise: Noise | None = None,
 ) -> Iterator[Float[Array, "B F H W C"]]:
-    """Generates latents block by block; each is yielded as soon as it is dispatched, before it is computed.
+    """Generates latents block by block; blocks are yielded when they are dispatched, before they are computed.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -203,7 +203,7 @@ def autoregressive(
         frames: Total number of latent frames, including given ones; None, with a window: endless.
         height: Height of the latents.
         width: Width of the latents.
-        key: Key of all noise. A block does not depend on how many follow.
+        key: Key of all noise. A block does not depend on the number of blocks after it.
         rollout: Settings.
         negative: Embedding of the negative prompt, for guidance.
         initial: Finished latents at the start, such as an encoded image (one frame, which needs
@@ -247,12 +247,12 @@ def _blocks(video: "LiveRollout", initial: Array | None, noise: Noise | None) ->
 
 
 class LiveRollout:
-    """A video that is generated one block per call, whose text and past may be changed in between.
+    """A video that is generated one block per call, and whose text and past can be changed between calls.
 
-    Calls dispatch work and do not wait. All network calls use one program, the same for all videos of equal sizes and
-    settings; setting a text and restarting frame numbers take one more each. The call that rewrites a finished block in
-    the cache is made together with what follows the block, so that the block's frames do not wait for it; after the
-    last block it is not made.
+    Calls dispatch work and do not wait. All network calls use one compiled program, which is shared by all videos of
+    equal sizes and settings; setting a text and renumbering frames need one more program each. The call that rewrites a
+    finished block in the cache is dispatched with the next operation, so that the block's frames do not wait for it; it
+    is not made after the last block.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config
@@ -262,9 +262,9 @@ class LiveRollout:
         ... )
         >>> past = {video.frame: video.generate() for _ in range(3)}
         >>> video.set_text(jnp.ones((1, 8, 32)))
-        >>> video.past_of(video.frame)  # what the next block will see: the window less the block itself
+        >>> video.past_of(video.frame)  # the next block sees the window, which includes the block itself
         [6]
-        >>> video.recache(video.frame, past)  # as the new text has it
+        >>> video.recache(video.frame, past)  # recomputes keys and values with the new text
         >>> video.generate().shape, video.frame
         ((1, 3, 4, 8, 16), 12)
 
@@ -273,7 +273,7 @@ class LiveRollout:
         text: Embedding of the prompt.
         height: Height of the latents.
         width: Width of the latents.
-        key: Key of all noise. A block does not depend on how many follow.
+        key: Key of all noise. A block does not depend on the number of blocks after it.
         rollout: Settings.
         frames: Total number of latent frames, including given ones; None, with a window: endless.
         negative: Embedding of the negative prompt, for guidance.
@@ -314,7 +314,7 @@ class LiveRollout:
         if isinstance(model, UnrolledWan):
             plain, halves = model.model, (model.graph, model.params)
         else:
-            plain = model.with_config(causal_block=None)  # blocks are seen one at a time
+            plain = model.with_config(causal_block=None)  # the model sees one block at a time
             halves = nnx.split(plain)
         for size in {rollout.block, 1} if rollout.independent_first_frame else {rollout.block}:
             check_size(plain, (text.shape[0], size, height, width, config.in_channels), cached=True)
@@ -324,14 +324,14 @@ class LiveRollout:
         self._mesh = mesh
         self._text = self._context(text, negative)
         self._begin = partial(start_cache, frames=frames or 0, height=height, width=width, rollout=rollout)
-        # what does not fit is found here, without the parameters: to trace with them would take a tenth of a block
+        # checks without the parameters: tracing with them would take a tenth of the time of a block
         check_room(plain, self._text, frames=frames or 0, height=height, width=width, rollout=rollout)
         self._cache: WanCache | None = None
-        self._begun = False  # and if there is no cache then, a call failed that it was donated to
-        self._base = 0  # the absolute frame that the cache calls 0
-        self._given = 0  # leading frames that were written, not generated
+        self._begun = False  # if True and there is no cache, a call to which it was donated has failed
+        self._base = 0  # absolute index of the frame that has index 0 in the cache
+        self._given = 0  # number of leading frames that were written, not generated
         self._times: tuple[Array, Array] | None = None
-        self._unwritten: Any = None  # what the newest block is rewritten with, once something is to come after it
+        self._unwritten: Any = None  # arguments for rewriting the newest block, before the next operation
 
     @property
     def held(self) -> int:
@@ -354,9 +354,9 @@ class LiveRollout:
 
         Args:
             noise: The block's noise, instead of the key's; parts that are None are drawn.
-            meanwhile: Called once the block's first network call is dispatched, which is the time to wait for earlier
-                results. Dispatching all calls can take as long as computing them, as the device's queue may be shorter
-                than a block.
+            meanwhile: Called after the block's first network call is dispatched, when the caller should wait for
+                earlier results: dispatching all calls can take as long as computing them, since the device's queue may
+                be shorter than a block.
 
         Returns:
             Its latents, float32.
@@ -381,7 +381,7 @@ class LiveRollout:
         self._given = self.frame
 
     def set_text(self, text: Float[Array, "B L E"], negative: Float[Array, "B M E"] | None = None) -> None:
-        """Sets another text for the following blocks, with as many rows as the first one.
+        """Sets another text for the following blocks, with the same number of rows.
 
         Raises:
             ValueError: If it has another shape, which would need another compiled program.
@@ -396,13 +396,13 @@ class LiveRollout:
                 self._cache = write_text(self._graph, self._params, self._cache, context)
 
     def past_of(self, frame: int) -> list[int]:
-        """First frames of the blocks visible to the block at `frame`, by sinks and window, in order."""
+        """First frames of the blocks that the block at `frame` sees, including sinks, in order."""
         return self._past(frame)[0]
 
     def recache(self, frame: int, past: Mapping[int, Float[Array | np.ndarray, "B F H W C"]]) -> None:
         """Continues from `frame`, the current or an earlier one, with keys and values recomputed from latents and text.
 
-        Positions stay the same. The network sees only the past that is within reach now; what lies before that has no
+        Positions stay the same. Keys and values depend only on the past within the window; earlier blocks have no
         influence, not even indirectly.
 
         Args:
@@ -415,20 +415,20 @@ class LiveRollout:
         starts, sinks, base = self._past(frame)
         if missing := [start for start in starts if start not in past]:
             raise ValueError(f"past lacks the blocks at frames {missing}; the block at frame={frame} sees {starts}.")
-        self._unwritten = None  # its latents are among the past's, or out of reach
-        if not starts or self._cache is None:  # from the beginning; or a block failed, and its cache was lost
+        self._unwritten = None  # its latents are in `past`, or outside the window
+        if not starts or self._cache is None:  # starts from scratch, also if a block failed and its cache was lost
             self._cache, self._begun = None, False
         self.frame, self._base = 0, 0
         with self._on_mesh():
             for number, start in enumerate(starts):
-                if sinks and number == sinks and base and self._cache is not None:  # in between, frames are left out
+                if sinks and number == sinks and base and self._cache is not None:  # skips frames after the sinks
                     self._cache = turn_cache(self._cache, frames=base, head_dim=self._head_dim)
                 self.frame, self._base = start, base if number >= sinks else 0
                 self._write(jnp.asarray(past[start]), given=start < self._given)
         self.frame, self._base = frame, base
 
     def _past(self, frame: int) -> tuple[list[int], int, int]:
-        """The blocks that are within reach, how many of them are sinks apart, and what is 0 in the cache then."""
+        """First frames of the visible blocks, how many of these are separate sinks, and the frame of index 0."""
         rollout = self._rollout
         first = 1 if rollout.independent_first_frame else rollout.block
         if frame < 0 or (frame and (frame < first or (frame - first) % rollout.block)):
@@ -450,7 +450,7 @@ class LiveRollout:
         return context if self._mesh is None else jax.device_put(context, NamedSharding(self._mesh, PartitionSpec()))
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        """Where calls are dispatched: a mesh is set for the thread that calls, and only meanwhile."""
+        """A context in which the mesh, if any, is set for the calling thread."""
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _call(self, cache: WanCache, state: SolverState, number: int, where: Array, fresh: Array | None) -> Any:
@@ -468,7 +468,7 @@ class LiveRollout:
         )
 
     def _write(self, latents: Array, *, given: bool) -> None:
-        """Puts finished latents into the cache, as the next block."""
+        """Writes finished latents into the cache as the next block."""
         cache, where = self._room(), self._where()
         state = begin_block(self.key, where, latents, shape=latents.shape)
         self._cache = self._call(cache, state, self._rollout.table().steps + given, where, None)[1]
@@ -484,7 +484,7 @@ class LiveRollout:
             self._cache = self._call(cache, state, self._rollout.table().steps, where, fresh)[1]
 
     def _room(self) -> WanCache:
-        """The cache, made if there is none yet, and counted anew if the rotary table would end."""
+        """Takes the cache; creates it if necessary, and renumbers its frames if the rotary table would be exceeded."""
         self._rewrite()
         window = self._rollout.window
         cache, self._cache = self._cache, None  # it is donated
@@ -498,9 +498,9 @@ class LiveRollout:
         return cache
 
     def count_anew(self) -> None:
-        """Counts positions from the window's beginning, which is done by itself before the rotary table ends.
+        """Renumbers positions from the beginning of the window, as happens automatically before the rotary table ends.
 
-        That comes after hundreds of blocks, and takes a program of its own: called early, nothing is compiled then.
+        That is after hundreds of blocks and needs a program of its own; an early call compiles it in advance.
         """
         if self._cache is not None and (window := self._rollout.window) is not None:
             with self._on_mesh():
@@ -515,12 +515,12 @@ class LiveRollout:
         return rebase_cache(cache, frames=back, head_dim=self._head_dim)
 
     def _where(self) -> Array:
-        """Where the next block is: absolute and in the cache."""
+        """Index of the next block's first frame, absolute and in the cache, int32 [2]."""
         return jnp.asarray(np.array([self.frame, self.frame - self._base], np.int32))
 
 
 def check_room(model: WanModel, text: Array, *, frames: int, height: int, width: int, rollout: Rollout) -> None:
-    """Raises ValueError unless the caches that `start_cache` makes suit model and text; computes nothing."""
+    """Raises ValueError unless the cache of `start_cache` is valid for model and text; computes nothing."""
     model.check_context(text.shape[0], text, None)
     room = cache_room(frames, rollout)
     _check_runs(model.config, cache_shape(model.config, text.shape[0], height=height, width=width, **room))
@@ -528,18 +528,18 @@ def check_room(model: WanModel, text: Array, *, frames: int, height: int, width:
 
 @lru_cache(maxsize=64)
 def _check_runs(config: WanConfig, shape: CacheShape) -> None:
-    """Raises ValueError unless the caches of all runs can be; of equal ones, traced once."""
+    """Raises ValueError unless caches of all runs of layers can be created; results are memoised, as this traces."""
     jax.eval_shape(partial(empty_runs, config, shape))
 
 
 def cache_room(frames: int, rollout: Rollout) -> dict[str, Any]:
-    """Frames of a cache, how it rolls, and the blocks it is written in."""
+    """The fields of `CacheShape` that a roll-out determines: frames, rolling, sinks and block."""
     rolling = rollout.window is not None
     block = None if rollout.independent_first_frame else rollout.block
     return dict(frames=rollout.window or frames, rolling=rolling, sink_frames=rollout.sink_frames, block=block)
 
 
 def check_size(model: WanModel, shape: tuple[int, ...], *, cached: bool = False) -> None:
-    """Raises ValueError unless latents of this shape, over a cache or not, suit the model; computes nothing."""
+    """Raises ValueError unless latents of this shape, over a cache or not, fit the model; computes nothing."""
     latents, timesteps = (jax.ShapeDtypeStruct(x, jnp.float32) for x in (shape, shape[:1]))
     model.check_latents(latents, timesteps, cached=cached)

@@ -1,7 +1,7 @@
-"""Noise schedules of flow matching: the noise levels a sampler visits and the timesteps given to the network.
+"""Noise schedules of flow matching: the noise levels of a sampler and the timesteps given to the network.
 
 A latent at noise level sigma is (1 - sigma) data + sigma noise. Levels are shifted towards high noise by
-sigma = s u / (1 + (s - 1) u) (Esser et al. 2024, arXiv:2403.03206, section 5.3.2). All in float64 NumPy.
+sigma = s u / (1 + (s - 1) u) (Esser et al. 2024, arXiv:2403.03206, section 5.3.2). All values are float64 in NumPy.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ UNIPC_FIRST = 0.999  # first u of Wan's UniPC grid
 
 
 class Schedule(NamedTuple):
-    """The noise levels that a sampler visits.
+    """The noise levels of a sampler.
 
     Attributes:
         sigmas: Noise levels, decreasing, [steps + 1]; the last is 0.
-        timesteps: Timestep given to the network at each but the last, [steps].
+        timesteps: Timestep given to the network at each level but the last, [steps].
     """
 
     sigmas: Float64[np.ndarray, "steps_plus_1"]
@@ -29,7 +29,7 @@ class Schedule(NamedTuple):
 
 
 def shifted[U: (float, Float64[np.ndarray, "*n"])](u: U, shift: float) -> U:
-    """Noise levels u in [0, 1] moved towards 1 by `shift`: sigma = s u / (1 + (s - 1) u). 1/s moves them back.
+    """Shifts noise levels u in [0, 1] towards 1: sigma = s u / (1 + (s - 1) u), s = `shift`. The inverse is by 1/s.
 
     Examples:
         >>> shifted(np.array([0.0, 0.5, 1.0]), 5.0).round(4).tolist()
@@ -50,7 +50,7 @@ def _ending_in_data(sigmas: np.ndarray) -> np.ndarray:
 
 
 def uniform_schedule(steps: int, shift: float = 5.0, *, start: float = 1.0) -> Schedule:
-    """Levels evenly spaced in u down to 0, shifted; the timestep is 1000 sigma.
+    """Levels that are evenly spaced in u, down to 0, and shifted; the timestep is 1000 sigma.
 
     Examples:
         >>> uniform_schedule(4, 5.0).timesteps.round(1).tolist()
@@ -60,8 +60,8 @@ def uniform_schedule(steps: int, shift: float = 5.0, *, start: float = 1.0) -> S
 
     Args:
         steps: Number of network calls.
-        shift: s.
-        start: First level sigma in (0, 1]; below 1, to restore a noised clip rather than generate a new one.
+        shift: Shift s.
+        start: First level sigma in (0, 1]; below 1 to start from a noised clip rather than from noise.
 
     Returns:
         The schedule.
@@ -72,7 +72,7 @@ def uniform_schedule(steps: int, shift: float = 5.0, *, start: float = 1.0) -> S
     _check(steps, shift)
     if not 0 < start <= 1:
         raise ValueError(f"start={start!r} is not a noise level in (0, 1], for example 1.")
-    first = 1.0 if start == 1 else shifted(start, 1 / shift)  # the inverse of a shift is one by its inverse
+    first = 1.0 if start == 1 else shifted(start, 1 / shift)  # the inverse shift
     sigmas = shifted(np.linspace(first, 0, steps + 1), shift)
     return Schedule(sigmas, NUM_TRAIN_TIMESTEPS * sigmas[:-1])
 
@@ -109,29 +109,28 @@ def unipc_schedule(steps: int, shift: float = 5.0) -> Schedule:
     """
     _check(steps, shift)
     sigmas = shifted(np.linspace(UNIPC_FIRST, 0, steps + 1)[:-1], shift)
-    # Wan's 0.999 is float32's, a little more: what falls short of a whole number in float64 does not there
+    # Wan's 0.999 is float32, which is slightly larger: timesteps just below an integer in float64 are not truncated
     return Schedule(_ending_in_data(sigmas), np.trunc(np.round(NUM_TRAIN_TIMESTEPS * sigmas, 9)))
 
 
 def few_step_schedule(steps: Sequence[int] = (1000, 750, 500, 250), shift: float = 5.0) -> Schedule:
     """The levels of a distilled few-step model (Self-Forcing, arXiv:2506.08009, section 3.3).
 
-    `steps` are indices into the shifted training grid sigma_j, u = 1 - j/1000, counted from its end: 750 is entry
-    1000 - 750.
+    Step n stands for entry 1000 - n of the shifted training grid, whose entry j is u = 1 - j/1000.
 
     Examples:
         >>> few_step_schedule().timesteps.round(4).tolist()
         [1000.0, 937.5, 833.3333, 625.0]
 
     Args:
-        steps: Decreasing indices from 1000 to 1; 0 is not among them.
-        shift: s.
+        steps: Decreasing steps between 1000 and 1.
+        shift: Shift s.
 
     Returns:
         The schedule.
 
     Raises:
-        ValueError: If the indices are not decreasing or out of range.
+        ValueError: If the steps are not decreasing or out of range.
     """
     steps = [int(step) if step == int(step) else step for step in steps]
     if not all(isinstance(step, int) for step in steps):

@@ -19,7 +19,7 @@ class Rollout:
     """The settings of an autoregressive generation.
 
     Attributes:
-        sampler: As in `sampler_table`, which may be a table of your own; few-step for distilled models.
+        sampler: Name of a sampler, as in `sampler_table`, or a table; few-step for distilled models.
         steps: Network calls per block, or for few-step the list of its timesteps; None: the sampler's default.
         shift: Shift of the noise levels.
         guidance: Weight of classifier-free guidance, with a negative text; 1 is none (distilled models need none).
@@ -58,11 +58,11 @@ class Rollout:
         return sampler_table(self.sampler, steps=self.steps, shift=self.shift)
 
     def calls(self) -> SamplerTable:
-        """The sampler, and two calls that write finished latents into the cache: generated blocks, and given ones."""
+        """The sampler with two more calls, which write finished latents of generated and of given blocks."""
         return self.table().with_rewrite(self.context_noise).with_rewrite()
 
     def noise(self, key: Key[Array, ""], shape: tuple[int, ...], *, given: int = 0) -> Noise:
-        """The noise that `autoregressive` draws from a key, to use it elsewhere.
+        """The noise that `autoregressive` draws from a key, for use elsewhere.
 
         Examples:
             >>> noise = Rollout().noise(jax.random.key(0), (1, 6, 4, 8, 16), given=3)
@@ -101,7 +101,7 @@ class Rollout:
 
 
 def block_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B F H W C"]:
-    """The noise that a block starts from."""
+    """The initial noise of a block."""
     return jax.random.normal(jax.random.fold_in(key, 2**31 - 1), shape)
 
 

@@ -11,12 +11,12 @@ from jaxtyping import Array, Float, Key
 from monarchrt.models.sampling.tables import SamplerTable
 
 type Flow = Callable[..., Any]
-"""(latents, timestep as a float32 scalar) -> flow, noise minus data, of the latents' structure; those that are told may
-take the number of the step too."""
+"""(latents, timestep as a float32 scalar) -> flow, noise minus data, with the structure of the latents; some also take
+the index of the step as a third argument."""
 
 
 class SolverState(NamedTuple):
-    """What a solver remembers: x, the last corrected x, and the last two predictions of the data."""
+    """The state of a solver: x, the last corrected x, and the last two predictions of the data."""
 
     x: Any
     corrected: Any
@@ -81,7 +81,7 @@ def sample(
     fresh: Any = None,
     numbered: bool = False,
 ) -> Any:
-    """Follows a sampler from noise to data, as one `lax.scan`: the network is traced once.
+    """Runs a sampler from noise to data in one `lax.scan`, so that the network is traced once.
 
     Examples:
         >>> from monarchrt.models.sampling import sampler_table
@@ -94,8 +94,8 @@ def sample(
         noise: Unit Gaussian noise, an array or a pytree of arrays.
         table: The sampler, for example `sampler_table("unipc", steps=50, shift=8.0)`.
         key: Key for the fresh noise of a stochastic sampler.
-        fresh: That noise itself, with the structure of `noise` and a leading axis of steps, instead of a key.
-        numbered: Whether the flow takes the number of the step as a third argument.
+        fresh: This noise itself, with the structure of `noise` and a leading axis of steps, instead of a key.
+        numbered: Whether the flow takes the index of the step as a third argument.
 
     Returns:
         Latents with the structure and dtype of `noise`.
@@ -119,13 +119,13 @@ def sample(
 
 
 def fresh_noise(key: Key[Array, ""], like: Any) -> Callable[[Array | int], Any]:
-    """A function from step number to the noise it adds, with the structure of `like`; equals explicitly given noise."""
+    """A function from the index of a step to the noise that it adds, with the structure of `like`."""
     leaves, structure = jax.tree.flatten(like)
 
     def draw(number: Array | int) -> Any:
         keys = jax.random.split(jax.random.fold_in(key, number), len(leaves))
         drawn = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-        # not one expression with what is made of it, which the compiler would round otherwise
+        # a barrier, so that fusion with its use does not change the rounding
         return jax.lax.optimization_barrier(jax.tree.unflatten(structure, drawn))
 
     return draw
@@ -155,7 +155,7 @@ def guided(
         guidance: g; 1 is no guidance.
 
     Returns:
-        (latents, timestep) -> flow, with the number of the step as an optional third argument; see `flow_at`.
+        (latents, timestep) -> flow, with the index of the step as an optional third argument; see `flow_at`.
     """
     both = None if negative is None or guidance == 1.0 else paired(text, negative)
 
@@ -169,7 +169,7 @@ def guided(
 
 
 def flow_at(model: Callable[..., Array], x: Array, timesteps: Array, text: Array, *, step: Any) -> Array:
-    """The flow of a network at a step of a sampler, whose number attention may depend on.
+    """The flow of a network at a step of a sampler, on whose index the attention may depend.
 
     Examples:
         >>> x, t, text = jnp.ones((1, 1)), jnp.full(1, 500.0), jnp.zeros((1, 2, 3))
@@ -179,11 +179,11 @@ def flow_at(model: Callable[..., Array], x: Array, timesteps: Array, text: Array
         Array([[1.]], dtype=float32)
 
     Args:
-        model: (latents, timesteps, text) -> flow; called with the number as `step` if it has such an argument.
+        model: (latents, timesteps, text) -> flow; called with the index as `step` if it has this argument.
         x: Latents, [B, ...].
         timesteps: [B], or [B, frames].
         text: Embedding of the prompt.
-        step: Number of the call within the sampler, from 0, traced or not, or one per sample or frame; None without a
+        step: Index of the call within the sampler, which may be traced, or one per sample or frame; None without a
             sampler.
 
     Returns:
@@ -194,7 +194,7 @@ def flow_at(model: Callable[..., Array], x: Array, timesteps: Array, text: Array
 
 
 def paired(text: Array, negative: Array) -> Array:
-    """Both in one batch, conditional first; the shorter embedding is padded with zero rows, as the model does.
+    """Concatenates both texts along the batch, the conditional first; the shorter is padded with zero rows.
 
     Examples:
         >>> paired(jnp.ones((1, 2, 3)), jnp.ones((1, 4, 3))).shape
@@ -206,7 +206,7 @@ def paired(text: Array, negative: Array) -> Array:
 
 
 def unpair(flow: Array, guidance: float) -> Array:
-    """The guided flow of a batch of both, see `guided`."""
+    """The guided flow from the flow of a `paired` batch; see `guided`."""
     conditional, unconditional = jnp.split(flow, 2)
     return unconditional + guidance * (conditional - unconditional)
 

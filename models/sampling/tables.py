@@ -1,6 +1,6 @@
-"""Solvers as tables of coefficients, computed once in float64.
+"""Solvers as tables of coefficients, computed in float64.
 
-Every solver here is linear in its history. At step n, with the data prediction m_n = x - sigma_n v of the network:
+Every solver is linear in its history. At step n, with the network's data prediction m_n = x - sigma_n v:
 
     x      <- correct[n] . (x, y, m_n, m_{n-1}, m_{n-2})      y is the last step's corrected x
     x_next <- predict[n] . (x, m_n, m_{n-1}, fresh noise)
@@ -55,7 +55,7 @@ class SamplerTable(NamedTuple):
 
     @property
     def noisy(self) -> Int[np.ndarray, "n"]:
-        """The numbers of the steps that add fresh noise."""
+        """Indices of the steps that add fresh noise."""
         return np.flatnonzero(self.predict[:, 3])
 
     def __hash__(self) -> int:  # a static argument of compiled programs, as part of their settings
@@ -88,7 +88,7 @@ class SamplerTable(NamedTuple):
                 raise ValueError(f"sampler: {name} is not finite: {np.asarray(column).tolist()}.")
 
     def with_rewrite(self, timestep: float = 0.0) -> "SamplerTable":
-        """The table with a further call on the finished latents at `timestep`, which only rewrites a cache.
+        """The table with one more call, on the finished latents at `timestep`, which only rewrites the cache.
 
         Examples:
             >>> few_step(few_step_schedule()).with_rewrite().timesteps.round(1).tolist()
@@ -196,7 +196,7 @@ def _correct(sigmas: np.ndarray, n: int, order: int) -> tuple[float, float, floa
 
 
 def few_step(schedule: Schedule) -> SamplerTable:
-    """Predict the data, add fresh noise up to the next level, and repeat: the sampler of distilled models.
+    """The sampler of distilled models, which predicts the data and adds fresh noise up to the next level.
 
     Self-Forcing (arXiv:2506.08009), algorithm 1; consistency models (arXiv:2303.01469), algorithm 1.
 
@@ -220,9 +220,9 @@ def sampler_table(
 
     Args:
         name: One of `SAMPLERS`: unipc, dpm++ and euler follow the flow in many steps; few-step is for distilled models.
-            A table of your own is checked and returned.
-        steps: Number of network calls; None: 50, or 4 for few-step. For few-step also the list of its timesteps, as for
-            `few_step_schedule`; sample a model at those it was distilled at.
+            A table is checked and returned.
+        steps: Number of network calls; None: 50, or 4 for few-step. For few-step also the list of its timesteps, as in
+            `few_step_schedule`; a model should be sampled at those that it was distilled at.
         shift: Shift of the noise levels.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Reading umT5 encoders: Wan's `.pth`, and transformers' `text_encoder/` folder, sharded or not."""
+"""Reading of umT5 encoders: Wan's `.pth`, and transformers' `text_encoder/` folder, sharded or not."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ from monarchrt.models.checkpoints.tensor_files import TensorFile
 from monarchrt.models.umt5.config import UMT5Config
 from monarchrt.models.umt5.encoder import UMT5Encoder
 
-# ours, official, transformers, layout
+# our name, official name, name in transformers, layout
 type Rows = tuple[tuple[str, str, str, Layout], ...]
 OUTER: Rows = (
     ("token_embedding", "token_embedding.weight", "shared.weight", "vector"),
@@ -47,7 +47,7 @@ BLOCK: Rows = (
     ("blocks.ffn.fc1.kernel", f"{P}.ffn.fc1.weight", f"{F}.DenseReluDense.wi_1.weight", "linear"),
     ("blocks.ffn.fc2.kernel", f"{P}.ffn.fc2.weight", f"{F}.DenseReluDense.wo.weight", "linear"),
 )
-TIED = "encoder.embed_tokens.weight"  # transformers may write the embedding under this name too, or only
+TIED = "encoder.embed_tokens.weight"  # transformers may write the embedding under this name, also or instead
 ANCHORS = ("token_embedding.weight", "encoder.final_layer_norm.weight")
 FIXED = {
     "model_type": "umt5",
@@ -94,26 +94,26 @@ def load_umt5(
     sharding: jax.sharding.Sharding | Shardings | None = None,
     progress: Progress | None = None,
 ) -> UMT5Encoder:
-    """Loads an encoder, one tensor at a time; its sizes are those of the tensors.
+    """Loads an encoder, one tensor at a time; its sizes follow from the tensors.
 
     Examples:
         >>> encoder = load_umt5("Wan2.1-T2V-1.3B", param_dtype="bfloat16")  # doctest: +SKIP
 
     Args:
-        path: `models_t5_umt5-xxl-enc-bf16.pth`, another file or folder with an encoder's weights, a folder that holds
-            that file, or diffusers' pipeline folder with `text_encoder/`.
-        config: What the caller expects; None takes the tensors' sizes.
+        path: `models_t5_umt5-xxl-enc-bf16.pth` or a folder with it, another file or folder with an encoder's weights,
+            or diffusers' pipeline folder with `text_encoder/`.
+        config: Expected sizes; None: those of the tensors.
         dtype: Compute dtype.
         param_dtype: Dtype of the parameters; None keeps the file's (float32 if it is mixed).
-        sharding: Where parameters go: one sharding for all, or a function of path and shape (layers stacked on axis 0,
-            which must not be split).
-        progress: Called with name, bytes done and bytes in total after each tensor.
+        sharding: Sharding of the parameters: one for all, or a function of path and shape (layers are stacked on axis
+            0, which must not be split).
+        progress: Called after each tensor with its name, bytes read so far, and bytes in total.
 
     Returns:
         The encoder.
 
     Raises:
-        ValueError: If there is no such file, it lacks tensors, has others, or one is of another shape.
+        ValueError: If there is no such file, it lacks tensors or has others, or a tensor has another shape.
     """
     official = "models_t5_umt5-xxl-enc-bf16.pth"
     preferred = ("model", "pytorch_model")
@@ -155,7 +155,7 @@ def _naming(path: Path, file: TensorFile) -> str:
 
 
 def _described(path: Path, file: TensorFile, naming: str) -> UMT5Config:
-    """The sizes read off the tensors' shapes."""
+    """The configuration, read from the shapes of tensors."""
     layer = re.compile(r"(?:encoder\.block|blocks)\.(\d+)\.")
     layers = len({match[1] for name in file.infos if (match := layer.match(name))})
 
@@ -183,7 +183,7 @@ def _described(path: Path, file: TensorFile, naming: str) -> UMT5Config:
 
 
 def _check_settings(path: Path) -> None:
-    """Raises ValueError if transformers' `config.json` beside the file says what the tensors cannot and is not ours."""
+    """Raises ValueError if transformers' `config.json` beside the file has unsupported settings."""
     beside, settings = settings_beside(path)
     if "d_kv" not in settings:
         return  # the official folder's config.json is the transformer's

@@ -1,4 +1,4 @@
-"""What a umT5 encoder is: its sizes, and the presets."""
+"""The configuration of a umT5 encoder, and presets."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from monarch_jax.checks import positive, small
 from monarchrt.models.presets import from_preset
 
-_LARGEST = {"num_layers": 1000, "vocab_size": 2**24}  # and 2^20 of the others: far beyond use
+_LARGEST = {"num_layers": 1000, "vocab_size": 2**24}  # and 2^20 for other sizes: far above practical values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,13 +19,13 @@ class UMT5Config:
 
     Attributes:
         vocab_size: Rows of the token embedding.
-        dim: Width D of the residual stream.
-        attention_dim: Width of queries, keys and values over all heads.
-        ffn_dim: Hidden width of the gated feed-forward layers.
-        num_heads: Attention heads.
-        num_layers: Layers.
+        dim: Channels D of the residual stream.
+        attention_dim: Channels of queries, keys and values over all heads.
+        ffn_dim: Hidden channels of the gated feed-forward layers.
+        num_heads: Number of attention heads.
+        num_layers: Number of layers.
         num_buckets: Rows of each layer's table of relative position biases, half of them for each direction.
-        max_distance: Distance from which on all positions share a bucket.
+        max_distance: Distance from which all positions share a bucket.
         eps: Epsilon of the RMSNorms.
 
     Raises:

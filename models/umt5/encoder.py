@@ -1,4 +1,4 @@
-"""The umT5 encoder: token ids to embeddings."""
+"""The umT5 encoder, which maps token ids to embeddings."""
 
 import math
 
@@ -17,7 +17,7 @@ def relative_buckets(config: UMT5Config, length: int) -> Int[np.ndarray, "query 
     """The bucket of each pair of positions (T5, arXiv:1910.10683, section 2.1).
 
     Half of the buckets are for keys after the query. In each half, the first half are single distances, the others grow
-    logarithmically up to `max_distance`, and the last one holds everything farther away.
+    logarithmically up to `max_distance`, and the last one includes all larger distances.
 
     Examples:
         >>> from monarchrt.models.umt5 import umt5_config
@@ -101,12 +101,12 @@ class FeedForward(nnx.Module):
         self.fc2 = linear(config.ffn_dim, config.dim)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        """The layer, without the residual."""
+        """The output of the layer, without the residual connection."""
         return self.fc2(self.fc1(x) * jax.nn.gelu(self.gate(x), approximate=True))
 
 
 class Block(nnx.Module):
-    """One layer: attention, then feed-forward, each applied to the normalised input and added to it."""
+    """One layer: attention, then feed-forward, each applied to the normalised residual stream and added to it."""
 
     def __init__(self, config: UMT5Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm1 = RMSNorm(config, param_dtype=param_dtype, rngs=rngs)
@@ -117,13 +117,13 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], buckets: Int[Array, "L L"]
     ) -> Float[Array, "B L D"]:
-        """The stream after this layer."""
+        """The residual stream after this layer."""
         x = x + self.attn(self.norm1(x), mask, buckets)
         return x + self.ffn(self.norm2(x))
 
 
 class UMT5Encoder(nnx.Module):
-    """umT5 encoder, the text encoder of Wan 2.1; `blocks` holds all layers, stacked on a leading axis and scanned.
+    """The umT5 encoder, the text encoder of Wan 2.1; a scan over `blocks`, whose parameters are stacked by layer.
 
     Examples:
         >>> from monarchrt.models.umt5 import umt5_config
@@ -134,7 +134,7 @@ class UMT5Encoder(nnx.Module):
 
     Args:
         config: Sizes.
-        rngs: Its `params` stream.
+        rngs: Random keys for the parameters.
         dtype: Dtype of the residual stream and the matrix products; norms and softmax are float32 or wider.
         param_dtype: Dtype of the parameters.
     """
@@ -161,11 +161,11 @@ class UMT5Encoder(nnx.Module):
         self.norm = RMSNorm(config, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B M"]) -> Float[Array, "B L D"]:
-        """Encodes.
+        """Encodes tokens.
 
         Args:
             ids: Token ids; ids beyond the vocabulary give NaN.
-            mask: [B, L]; True for tokens, False for padding. What comes out at padding has no meaning.
+            mask: [B, L]; True for tokens, False for padding, at which the result is undefined.
 
         Returns:
             Embeddings in the compute dtype.

@@ -1,4 +1,4 @@
-"""Text embeddings for Wan's transformer, and files of them."""
+"""Text embeddings for Wan's transformer, and files with saved ones."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from monarchrt.models.umt5.encoder import UMT5Encoder
 from monarchrt.models.umt5.tokenizer import Tokenizer
 
 FORMAT = "monarchrt text embeddings"
-MAX_ROWS = 100_000  # of an embedding; models take 512
+MAX_ROWS = 100_000  # limit on the rows of an embedding; models use 512
 
 
 @nnx.jit
@@ -33,9 +33,9 @@ def encode_prompts(
     warn: Callable[[str], None] = warnings.warn,
     empty: bool = False,
 ) -> Iterator[np.ndarray]:
-    """Embeddings of prompts, zero past each prompt's end (Self-Forcing; Wan truncates and pads, which is the same).
+    """Encodes prompts; embeddings are zero past the end of each (as in Self-Forcing; Wan's truncation is equivalent).
 
-    One compiled program computes them one at a time, and each is moved to the host, so the device holds only one.
+    One compiled program computes them one at a time, and each is moved to the host, so that only one is on the device.
 
     Args:
         prompts: Texts.
@@ -58,7 +58,7 @@ def encode_prompts(
             f"together"
         )
     for i in range(len(ids)):
-        # a copy: on a CPU, a view would keep the array
+        # a copy: on a CPU, a view would keep the array alive
         yield np.array(_encode(encoder, jnp.asarray(ids[i : i + 1]), jnp.asarray(mask[i : i + 1])))[0]
 
 
@@ -105,7 +105,7 @@ def load_embeddings(path: str | Path, *, length: int | None = None) -> dict[str,
 
     Args:
         path: The file.
-        length: Rows to which each embedding is zero-padded; None: as many as were saved, by default 512.
+        length: Rows to which each embedding is zero-padded; None: the number of rows before saving, by default 512.
 
     Returns:
         Embedding [L, D] by prompt, in the saved order and dtype.

@@ -1,4 +1,4 @@
-"""Prompts to token ids, as Wan does it: cleaned text, an end token, 512 ids."""
+"""Tokenization of prompts as in Wan: cleaned text, an end token, 512 ids."""
 
 import html
 import re
@@ -17,7 +17,7 @@ SUBFOLDERS = ("tokenizer", "google/umt5-xxl")
 
 
 def clean_text(text: str) -> str:
-    """Wan's cleaning: broken Unicode mended, HTML entities resolved twice, runs of white space made one space.
+    """Cleans a prompt as Wan does: repairs Unicode, resolves HTML entities twice, and collapses white space.
 
     Examples:
         >>> clean_text("  a &amp;amp; b \\n caf\\u00c3\\u00a9 ")
@@ -40,15 +40,15 @@ def clean_text(text: str) -> str:
 
 
 class Tokenizer:
-    """The tokenizer of a `tokenizer.json`.
+    """The umT5 tokenizer, from a `tokenizer.json`.
 
     Examples:
         >>> tokenizer = Tokenizer.load("Wan2.1-T2V-1.3B/google/umt5-xxl")  # doctest: +SKIP
         >>> ids, mask = tokenizer(["a cat on a wall"])  # doctest: +SKIP
 
     Args:
-        inner: A `tokenizers.Tokenizer` that knows the tokens </s> and <pad>.
-        where: Its file, for messages.
+        inner: A `tokenizers.Tokenizer` with the tokens </s> and <pad>.
+        where: Name of its file, for messages.
     """
 
     def __init__(self, inner: Any, *, where: str = "the tokenizer"):
@@ -67,7 +67,7 @@ class Tokenizer:
         """Reads the `tokenizer.json` in a folder, its `tokenizer/` or its `google/umt5-xxl/`; or the file itself.
 
         Args:
-            folder: Path.
+            folder: The folder, or the file.
 
         Returns:
             The tokenizer.
@@ -113,10 +113,10 @@ class Tokenizer:
             prompts: Texts.
             length: Ids per prompt, at least 2.
             warn: Called with a line for each prompt that is cut.
-            empty: Whether a prompt may be empty: the end token alone.
+            empty: Whether a prompt may be empty, and then is the end token alone.
 
         Returns:
-            Ids, and True where there is no padding.
+            Ids [B, length], and a mask that is False for padding.
 
         Raises:
             UserError: If there is no prompt, or one is empty.

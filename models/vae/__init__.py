@@ -1,4 +1,4 @@
-"""The Wan 2.1 video autoencoder in Flax NNX, and a tiny one of its latents: whole clips, and streaming both ways."""
+"""The Wan 2.1 video autoencoder in Flax NNX, and a tiny one for the same latents, for whole clips and for streams."""
 
 from monarchrt.models.vae.checkpoint import load_vae
 from monarchrt.models.vae.config import PRESETS, VAEConfig, vae_config

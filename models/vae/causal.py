@@ -1,4 +1,4 @@
-"""Causal 3x3x3 convolutions, and norms between them, by kernels where they serve; their gradients are XLA's."""
+"""Causal 3x3x3 convolutions and the norms between them, by kernels where supported, with gradients by XLA."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ type Implementation = Literal["mosaic", "xla"]
 
 
 def by_kernel(implementation: Implementation | None, x: Array | jax.ShapeDtypeStruct, kernel: tuple[int, ...]) -> bool:
-    """Whether the kernel takes a convolution of [B, T, H, W, C]; if nothing is said, where it is known to be quick."""
+    """Whether the kernel computes a convolution of `x` [B, T, H, W, C]; for None, only where it was measured faster."""
     if implementation == "xla" or (implementation is None and not on_cuda()):
         return False
     from monarchrt.pallas_kernels.sm90.convolution import measured, supports
@@ -27,7 +27,7 @@ def by_kernel(implementation: Implementation | None, x: Array | jax.ShapeDtypeSt
 
 
 def norms(implementation: Implementation | None, x: Array | jax.ShapeDtypeStruct, kernel: tuple[int, ...]) -> bool:
-    """Whether the kernel also normalises what it makes."""
+    """Whether the kernel also normalises its output."""
     from monarchrt.pallas_kernels.sm90.convolution import norms
 
     return norms(kernel) and by_kernel(implementation, x, kernel)
@@ -43,7 +43,7 @@ def causal_convolution(
     gamma: Float[Array, " D"] | None = None,
     both: bool = False,
 ) -> tuple[Float[Array, "B T H W D"], ...]:
-    """Convolves `x` as the continuation of `past`, plus `bias` and `added`, by the kernel; see `convolution`."""
+    """Convolves `x` as the continuation of `past`, plus `bias` and `added`, by the kernel; see its `convolution`."""
     parts = [[None if y is None else y[n] for y in (past, x, added)] for n in range(len(x))]
     each = [_one(before, frames, kernel, bias, more, gamma, both) for before, frames, more in parts]
     return tuple(map(jnp.stack, zip(*each, strict=True)))
@@ -68,7 +68,7 @@ def plain(
     *,
     both: bool = False,
 ) -> tuple[Array, ...]:
-    """The same as one convolution in three dimensions, [T, H, W, D]."""
+    """The definition of `_one`, a 3-D convolution [T, H, W, D] in XLA."""
     y = lax.conv_general_dilated(
         (x if past is None else jnp.concatenate([past, x]))[None],
         kernel,
@@ -85,7 +85,7 @@ def plain(
 
 
 def channel_norm(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> Float[Array, "*batch C"]:
-    """x / |x| over channels, times sqrt(C) and weights; computed in float32 or wider, in x's dtype."""
+    """x / |x| over channels, times sqrt(C) and weights; computed in float32 or wider, returned in the dtype of `x`."""
     precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     # |x| is at least 1e-12
     scale = lax.rsqrt(jnp.maximum(jnp.sum(precise**2, axis=-1, keepdims=True), 1e-24))
@@ -93,12 +93,12 @@ def channel_norm(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> Floa
 
 
 def silu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """x / (1 + exp(-x)), in x's dtype; computed in float32 or wider, or each step would be rounded."""
+    """x / (1 + exp(-x)), computed in float32 or wider to avoid rounding each step, in the dtype of `x`."""
     return jax.nn.silu(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
 def norm_by_kernel(implementation: Implementation | None, x: Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether a kernel makes norm and SiLU of pixels [..., C], a pass each for XLA: where it was measured."""
+    """Whether a kernel computes norm and SiLU of pixels [..., C], which are two passes in XLA; on Hopper."""
     if implementation == "xla" or int(cuda_capability() or 0) != 9:
         return False
     from monarchrt.triton_kernels.pixel_passes import supports
@@ -115,7 +115,7 @@ def norm_silu(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> Float[A
 
 
 def plain_norm_silu(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> Float[Array, "*batch C"]:
-    """The same as XLA does it."""
+    """The definition of `norm_silu`, in XLA."""
     return silu(channel_norm(x, gamma))
 
 
@@ -123,10 +123,15 @@ def plain_norm_silu(x: Float[Array, "*batch C"], gamma: Float[Array, " C"]) -> F
 def normed_taps(
     past: Float[Array, "B 2 H W C"], x: Float[Array, "B T H W C"], gamma: Float[Array, " C"]
 ) -> tuple[Float[Array, "B T H W CCC"], Float[Array, "B 2 H W C"]]:
-    """Norm and SiLU of frames after a past of such, as three steps of a kernel in time meet them, by the kernel.
+    """Norm and SiLU of frames, with the two normalised frames before each concatenated to its channels, by the kernel.
+
+    Args:
+        past: The two normalised frames before the first.
+        x: Frames.
+        gamma: Weights of the norm.
 
     Returns:
-        Each frame after the two before it, in the channels; and the past of what follows.
+        [B, T, H, W, 3 C], the input of a convolution with three steps in time as one over frames; and the new past.
     """
     from monarchrt.triton_kernels.pixel_passes import normed_taps as kernel
 
@@ -136,7 +141,7 @@ def normed_taps(
 def plain_normed_taps(
     past: Float[Array, "B 2 H W C"], x: Float[Array, "B T H W C"], gamma: Float[Array, " C"]
 ) -> tuple[Float[Array, "B T H W CCC"], Float[Array, "B 2 H W C"]]:
-    """The same as XLA does it."""
+    """The definition of `normed_taps`, in XLA."""
     joined = jnp.concatenate([past, plain_norm_silu(x, gamma)], axis=1)
     return jnp.concatenate([joined[:, k : k + x.shape[1]] for k in range(3)], axis=-1), joined[:, -2:]
 
@@ -145,7 +150,7 @@ def plain_normed_taps(
 def doubled_norm_silu(
     y: Float[Array, "N h w abC"], gamma: Float[Array, " C"]
 ) -> tuple[Float[Array, "N H W C"], Float[Array, "N H W C"]]:
-    """`doubled`, and norm and SiLU of it, by the kernel."""
+    """`doubled(y)`, and its norm and SiLU, by the kernel."""
     from monarchrt.triton_kernels.pixel_passes import doubled_norm as kernel
 
     return sequential_vmap(kernel)(y, gamma)
@@ -154,13 +159,13 @@ def doubled_norm_silu(
 def plain_doubled_norm_silu(
     y: Float[Array, "N h w abC"], gamma: Float[Array, " C"]
 ) -> tuple[Float[Array, "N H W C"], Float[Array, "N H W C"]]:
-    """The same as XLA does it."""
+    """The definition of `doubled_norm_silu`, in XLA."""
     x = doubled(y)
     return x, plain_norm_silu(x, gamma)
 
 
 def doubled(y: Float[Array, "N h w abC"]) -> Float[Array, "N H W C"]:
-    """Frames of twice the size: pixel (2h + a, 2w + b) is the one for a, b of the four that y has at (h + a, w + b)."""
+    """Interleaves pixels to twice the size: pixel (2h + a, 2w + b) is number (a, b) of the four at (h + a, w + b)."""
     y = rearrange(y, "n h w (a b d) -> n h w a b d", a=2, b=2)
     height, width = y.shape[1] - 1, y.shape[2] - 1
     each = [[y[:, a : a + height, b : b + width, a, b] for b in range(2)] for a in range(2)]
@@ -169,7 +174,7 @@ def doubled(y: Float[Array, "N h w abC"]) -> Float[Array, "N H W C"]:
 
 
 def _by_xla(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Gradients of what a kernel makes."""
+    """The backward pass of a kernel's function: XLA's gradients of its definition."""
 
     def pull(arguments: tuple[Array, ...], gradients: Any) -> tuple[Array, ...]:
         return jax.vjp(plain, *arguments)[1](gradients)

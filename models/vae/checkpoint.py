@@ -27,7 +27,7 @@ from monarchrt.models.checkpoints.tensor_files import TensorFile
 from monarchrt.models.vae.config import VAEConfig, vae_config
 from monarchrt.models.vae.vae import WanVAE
 
-# ours, official, diffusers, layout of the weight; a convolution has a bias beside it
+# our name, official name, diffusers' name, layout of the weight; convolutions also have a bias
 type Rows = tuple[tuple[str, str, str, Layout], ...]
 RESIDUAL: Rows = (
     ("norm1", "residual.0", "norm1", "flat"),
@@ -52,7 +52,7 @@ OUTER: Rows = (
 )
 MIDDLE = (("0", "resnets.0", RESIDUAL), ("1", "attentions.0", ATTENTION), ("2", "resnets.1", RESIDUAL))
 ANCHORS = ("decoder.conv1.weight", "decoder.conv_in.weight")
-# Fields of diffusers' config.json that this architecture has one value of.
+# fields of diffusers' config.json for which only one value is supported
 FIXED = {"attn_scales": [], "is_residual": False, "patch_size": None, "in_channels": 3, "out_channels": 3}
 FIELDS = {
     "base_dim": "dim",
@@ -83,7 +83,7 @@ def vae_entries(config: VAEConfig) -> list[Entry]:
 
 
 def _blocks(config: VAEConfig) -> Iterator[tuple[str, str, str, Rows]]:
-    """Our, the official and diffusers' prefix of each block, and what is in it."""
+    """Our, the official and diffusers' prefix of each block, and its contents."""
     yield "", "", "", OUTER
     for half in ("encoder", "decoder"):
         for index, theirs, rows in MIDDLE:
@@ -141,19 +141,19 @@ def load_vae(
         >>> vae = load_vae("Wan2.1-T2V-1.3B", dtype="bfloat16")  # doctest: +SKIP
 
     Args:
-        path: `Wan2.1_VAE.pth`, another file or folder with an autoencoder's weights, a folder that holds that file, or
-            diffusers' pipeline folder with `vae/`.
-        config: Sizes; None takes diffusers' `config.json` beside the weights, or else the released ones.
+        path: `Wan2.1_VAE.pth` or a folder with it, another file or folder with an autoencoder's weights, or diffusers'
+            pipeline folder with `vae/`.
+        config: Sizes; None: those of diffusers' `config.json` beside the weights, or else the released ones.
         dtype: Compute dtype.
         param_dtype: Dtype of the parameters; None keeps the file's (float32 if it is mixed).
-        sharding: Where parameters go: one sharding for all, or a function of path and shape.
-        progress: Called with name, bytes done and bytes in total after each tensor.
+        sharding: Sharding of the parameters: one for all, or a function of path and shape.
+        progress: Called after each tensor with its name, bytes read so far, and bytes in total.
 
     Returns:
         The autoencoder.
 
     Raises:
-        ValueError: If there is no such file, it lacks tensors, has others, or one is of another shape.
+        ValueError: If there is no such file, it lacks tensors or has others, or a tensor has another shape.
     """
     file_path = find_weights(
         path, official="Wan2.1_VAE.pth", pattern="*VAE*", folder="vae", preferred=("diffusion_pytorch_model",)
@@ -195,15 +195,15 @@ def _described(path: Path) -> VAEConfig:
 
 
 def config_from_diffusers(settings: dict[str, Any], *, where: str = "config.json") -> VAEConfig:
-    """The configuration that diffusers' `config.json` of an `AutoencoderKLWan` describes.
+    """Reads diffusers' `config.json` of an `AutoencoderKLWan`.
 
     Examples:
         >>> config_from_diffusers({"base_dim": 8, "num_res_blocks": 1}).widths
         (8, 16, 32, 32)
 
     Args:
-        settings: The file's content.
-        where: Its name, for messages.
+        settings: Content of the file.
+        where: Name of the file, for messages.
 
     Returns:
         The configuration.

@@ -1,4 +1,4 @@
-"""What a Wan VAE is: widths, which levels change the resolution in time, and the statistics of its latents."""
+"""The configuration of a Wan VAE: channels, levels, and the statistics of its latents."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from monarch_jax.checks import positive
 from monarchrt.models.presets import from_preset
 
-# Per-channel statistics of the released autoencoder's latents (Wan2.1, the same in diffusers' vae/config.json).
+# per-channel statistics of the released autoencoder's latents (Wan 2.1; the same in diffusers' vae/config.json)
 WAN21_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
     *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -15,7 +15,7 @@ WAN21_STD = (
     *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
-_LARGEST = {"dim": 2**14, "z_dim": 2**14, "num_res_blocks": 100}  # far beyond use
+_LARGEST = {"dim": 2**14, "z_dim": 2**14, "num_res_blocks": 100}  # far above practical values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,16 +28,16 @@ class VAEConfig:
         (8, 4, (21, 60, 104, 16))
 
     Attributes:
-        dim: Width of the first level.
-        dim_mult: Width of each level over `dim`; one level more than halvings of rows and columns.
+        dim: Channels of the first level.
+        dim_mult: Channels of each level as multiples of `dim`; rows and columns are halved between levels.
         z_dim: Channels of the latents.
         num_res_blocks: Residual blocks of each encoder level; the decoder has one more.
         temporal_downsample: Whether each halving also halves the frames, in the encoder's order.
-        latents_mean: Mean of each latent channel; latents are handed out as (mu - mean) / std.
+        latents_mean: Mean of each latent channel; latents are returned as (mu - mean) / std.
         latents_std: Standard deviation of each latent channel.
 
     Raises:
-        ValueError: If a size is invalid, or the tuples do not fit together.
+        ValueError: If a size is invalid, or lengths of the tuples are inconsistent.
     """
 
     dim: int = 96
@@ -88,7 +88,8 @@ class VAEConfig:
         """Latents [F, h, w, z] of a video of `frames` x `height` x `width` pixels.
 
         Raises:
-            ValueError: If frames are not 1 + 4 k, or rows or columns not multiples of 8 (for the released factors).
+            ValueError: If `frames` is not 1 + 4 k, or `height` or `width` is not a multiple of 8 (for the released
+                factors).
         """
         time, space = self.temporal_factor, self.spatial_factor
         if frames < 1 or (frames - 1) % time:

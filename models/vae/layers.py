@@ -1,8 +1,8 @@
-"""The parts of the autoencoder: causal convolutions over explicit pasts, residual blocks, resampling.
+"""Layers of the autoencoder: causal convolutions with explicit state, residual blocks, resampling.
 
 Arrays are channels last, [B, T, H, W, C]. A layer that looks back in time takes its past, the last frames of its
-earlier input, and returns the new one beside its output; zeros are the past of a clip's beginning. So a clip may come
-in pieces of any number of frames, and the result is the same.
+earlier input, and returns the new one with its output; at the beginning of a clip the past is zeros. The result does
+not depend on the pieces in which a clip is processed.
 """
 
 import math
@@ -37,23 +37,23 @@ TORCH_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # to
 
 
 class Conv(nnx.Module):
-    """Convolution over time, rows and columns that pads rows and columns only; time is the caller's.
+    """Convolution over time, rows and columns that pads rows and columns but not time.
 
-    Causal ones of 3x3x3 run on Hopper by a kernel of their own, see `WanVAE`. Others run as a 2-D convolution (or a
-    matrix product, if the kernel has one row and column) over frames, with the kernel's steps in time side by side in
-    the channels. XLA lays 2-D convolutions in half precision out channels last on NVIDIA GPUs, as the tensor cores want
-    them, but not 3-D ones.
+    Causal 3x3x3 convolutions can use a kernel for Hopper, see `WanVAE`. Others are 2-D convolutions (or matrix
+    products, if the kernel has one row and column) over frames, with the kernel's steps in time concatenated in the
+    channels: on NVIDIA GPUs, XLA uses the channels-last layout of the tensor cores for 2-D convolutions in half
+    precision, but not for 3-D ones.
 
     Args:
         features: Input channels.
         out: Output channels.
         kernel: Size in time, rows, columns.
-        strides: (time, rows and columns).
-        padding: Of rows and columns; None keeps their number.
+        strides: Stride in time, and in rows and columns.
+        padding: Padding of rows and columns; None keeps their number.
         use_bias: Whether it has a bias.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters.
-        rngs: Stream `params`.
+        rngs: Random keys for the parameters.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.dtype, self.strides = jnp.dtype(dtype), strides
-        self.implementation: Implementation | None = None  # as `WanVAE` says
+        self.implementation: Implementation | None = None  # set by `WanVAE`
         rows, columns = kernel[1] // 2, kernel[2] // 2
         self.padding = padding or ((rows, rows), (columns, columns))
         self.kernel = nnx.Param(TORCH_INIT(rngs.params(), (*kernel, features, out), param_dtype))
@@ -78,20 +78,20 @@ class Conv(nnx.Module):
 
     @property
     def past_frames(self) -> int:
-        """Frames before the first output that it looks at."""
+        """Number of past frames that an output depends on."""
         return self.kernel.shape[0] - 1
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T_out H_out W_out D"]:
-        """Convolves; T_out = (T - kernel) / stride + 1."""
+        """Convolves `x`, which includes the past; T_out = (T - kernel) / stride + 1."""
         x, step = x.astype(self.dtype), self.strides[0]
         frames = (x.shape[1] - self.past_frames - 1) // step + 1
         taps = [x[:, k : k + (frames - 1) * step + 1 : step] for k in range(self.past_frames + 1)]
         return self._convolve(jnp.concatenate(taps, axis=-1), None)
 
     def _convolve(self, x: Array, added: Array | None, *, steps: int = 0) -> Array:
-        """The convolution of [B, T, H, W, kernel * C], what each step of the kernel in time meets; plus `added`.
+        """The convolution of frames with the inputs of all steps in time concatenated, [B, T, H, W, kernel * C].
 
-        With `steps`, only so many of the last steps meet something.
+        `added` is added to the result. With `steps`, only this many of the kernel's last steps are used.
         """
         kernel, stride = self.kernel[-steps:].astype(self.dtype), self.strides[1]
         kernel = rearrange(kernel, "t h w i o -> h w (t i) o")
@@ -101,7 +101,7 @@ class Conv(nnx.Module):
             y = planes @ kernel[0, 0]
             y = y + along_last(bias, y)
         else:
-            # Tensor cores take channels by eights: pixels get channels of zeros.
+            # tensor cores need multiples of eight channels: pixels are padded with zeros
             spare, more = (-n % 8 if self.dtype.itemsize == 2 else 0 for n in kernel.shape[2:])
             planes = jnp.pad(planes, ((0, 0), (0, 0), (0, 0), (0, spare)))
             kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, spare), (0, more)))
@@ -109,12 +109,12 @@ class Conv(nnx.Module):
                 planes, kernel, strides, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
             y = (y + along_last(jnp.pad(bias, (0, more)), y))[..., : len(bias)]
-        if added is not None:  # in these axes, or cuDNN would not do it with the convolution
+        if added is not None:  # in the same axes, so that cuDNN fuses it with the convolution
             y = y + rearrange(added.astype(self.dtype), "b t h w c -> (b t) h w c")
         return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
 
     def empty_past(self, batch: int, height: int, width: int) -> Float[Array, "B P H W C"]:
-        """The past of a clip's beginning."""
+        """The past at the beginning of a clip: zeros."""
         return jnp.zeros((batch, self.past_frames, height, width, self.kernel.shape[3]), self.dtype)
 
     def after(
@@ -125,10 +125,10 @@ class Conv(nnx.Module):
         added: Video | None = None,
         first: bool = False,
     ) -> tuple[Video, Past]:
-        """Convolves `x` as the continuation of `past`, plus `added`.
+        """Convolves `x` as the continuation of `past`, plus `added`; other arguments are as in `after_normed`.
 
         Returns:
-            As many frames, and the new past.
+            As many frames as `x` has, and the new past.
         """
         (y, _), latest = self.after_normed(past, x, None, added=added, first=first)
         return y, latest
@@ -144,19 +144,20 @@ class Conv(nnx.Module):
         both: bool = True,
         first: bool = False,
     ) -> tuple[tuple[Video, Video | None], Past]:
-        """The same, and after a norm and SiLU, if that is one with the convolution.
+        """Convolves `x` as the continuation of `past`, and applies a norm and SiLU if the kernel can fuse them.
 
         Args:
-            past: Of `empty_past` or an earlier call.
+            past: From `empty_past` or an earlier call.
             x: Frames.
-            norm: What their convolution is normalised by.
-            before: What they are normalised by, and SiLU, before it; None: they are.
-            added: To the convolution.
-            both: Whether it is wanted as it was before the norm; else the first result may be the second.
-            first: Whether x is a clip's first frame, alone: its past is zeros, so it meets a third of the kernel.
+            norm: The norm to apply to the result.
+            before: The norm to apply to `x` with SiLU before the convolution; None if `x` is normalised already.
+            added: Frames to add to the convolution.
+            both: Whether the result before `norm` is needed; otherwise the first result may be the normalised one.
+            first: Whether `x` is the single first frame of a clip: its past is zeros, so only a third of the kernel is
+                used.
 
         Returns:
-            Frames, and frames after norm and SiLU or None, if they are still to be normalised; and the new past.
+            The result, its norm and SiLU, or None if the caller has to compute them; and the new past.
         """
         x, (count, frames) = x.astype(self.dtype), (past.shape[1], x.shape[1])
         kernel = self.bias is not None and by_kernel(self.implementation, x, self.kernel.shape)
@@ -184,7 +185,7 @@ class Conv(nnx.Module):
                 return (ys[0], ys[-1]), latest
             (y,) = ys
         else:
-            # Each tap is put together by itself: past and frames side by side in memory would be one more pass.
+            # each tap is concatenated separately: concatenating past and frames first would be one more pass
             taps = [
                 jnp.concatenate([past[:, k : k + frames], x[:, : max(0, frames - count + k)]], axis=1)
                 for k in range(count + 1)
@@ -194,21 +195,22 @@ class Conv(nnx.Module):
 
 
 class FoldedConv(Conv):
-    """A causal 3x3x3 convolution to few channels, which can read every frame once.
+    """A causal 3x3x3 convolution to few channels that can read every frame once.
 
-    With `implementation="mosaic"`, and where that was measured to be quicker, its three steps in time are channels of
-    one 3x3 convolution of a frame. So every frame is read once instead of three times, and the past is what two frames
-    give to those after them. Sums of three numbers, each rounded to the dtype, are handed out in float32 or wider.
+    With `implementation="mosaic"`, or by default where this was measured to be faster, its three steps in time are
+    channels of one 3x3 convolution over frames. Every frame is then read once instead of three times, and the past
+    consists of the contributions of two frames to later ones. Results are sums in float32 or wider of three numbers
+    that were rounded to the dtype.
     """
 
     def folds(self, height: int, width: int) -> bool:
-        """Whether it goes that way with frames of this size."""
+        """Whether the steps in time are folded into channels for frames of this size."""
         *_, features, out = self.kernel.shape
         frame = jax.ShapeDtypeStruct((1, 1, height, width, features), self.dtype)
         return self.implementation == "mosaic" or by_kernel(self.implementation, frame, (1, 3, 3, features, 3 * out))
 
     def empty_past(self, batch: int, height: int, width: int) -> Float[Array, "B 2 H W _"]:
-        """The past of a clip's beginning."""
+        """The past at the beginning of a clip: zeros."""
         if not self.folds(height, width):
             return super().empty_past(batch, height, width)
         return jnp.zeros((batch, self.past_frames, height, width, 3 * self.kernel.shape[4]), self.dtype)
@@ -221,7 +223,7 @@ class FoldedConv(Conv):
         added: Video | None = None,
         first: bool = False,
     ) -> tuple[Float[Array, "B T H W D"], Past]:
-        """As `Conv.after`; where steps are folded nothing can be added, and a clip's first frame is as any."""
+        """As `Conv.after`; with folded steps, `added` is not supported and `first` has no effect."""
         if not self.folds(*x.shape[2:4]):
             return super().after(past, x, added=added, first=first)
         out, x = self.kernel.shape[4], x.astype(self.dtype)
@@ -231,7 +233,7 @@ class FoldedConv(Conv):
         if by_kernel(self.implementation, x, kernel.shape):
             (parts,) = causal_convolution(None, x, kernel, bias)
         else:
-            more = -len(bias) % 8 if self.dtype.itemsize == 2 else 0  # as `Conv`'s
+            more = -len(bias) % 8 if self.dtype.itemsize == 2 else 0  # padding, as in `Conv`
             planes = rearrange(x, "b t h w c -> (b t) h w c")
             parts = jax.lax.conv_general_dilated(
                 planes,
@@ -252,12 +254,12 @@ class ChannelNorm(nnx.Module):
     """x / |x| over channels, times sqrt(C) and a weight; computed in float32 or wider."""
 
     def __init__(self, features: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        self.implementation: Implementation | None = None  # as `WanVAE` says
+        self.implementation: Implementation | None = None  # set by `WanVAE`
         self.gamma = nnx.Param(nnx.initializers.ones(rngs.params(), (features,), param_dtype))
 
     def __call__(self, x: Float[Array, "*batch C"], *, silu: bool = False) -> Float[Array, "*batch C"]:
-        """Normalises, and applies SiLU if told to; keeps the dtype."""
-        # Two axes: among the tiles of five, XLA searches for the best of a GPU kernel for a minute.
+        """Normalises and, if `silu`, applies SiLU; keeps the dtype."""
+        # reshaped to two axes: with five, XLA's search for GPU tile sizes takes a minute
         rows = x.reshape(-1, x.shape[-1])
         if not silu:
             made = channel_norm(rows, self.gamma[...])
@@ -269,7 +271,7 @@ class ChannelNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """norm, SiLU, convolution, twice, added to the input."""
+    """Norm, SiLU and convolution, twice, added to the input."""
 
     def __init__(self, features: int, out: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -281,7 +283,7 @@ class ResidualBlock(nnx.Module):
             self.shortcut = Conv(features, out, (1, 1, 1), **options)
 
     def empty_past(self, batch: int, height: int, width: int) -> Past:
-        """The past of a clip's beginning."""
+        """The past at the beginning of a clip."""
         return self.conv1.empty_past(batch, height, width), self.conv2.empty_past(batch, height, width)
 
     def __call__(
@@ -294,18 +296,18 @@ class ResidualBlock(nnx.Module):
         norm: ChannelNorm | None = None,
         both: bool = True,
     ) -> tuple[tuple[Video, Video | None], Past]:
-        """The next frames, and after a norm and SiLU.
+        """Computes the block, and applies the next block's norm and SiLU if the kernel can fuse them.
 
         Args:
             x: Frames.
-            past: Of both convolutions.
-            first: Whether this is the first frame, alone.
-            normed: x after `norm1` and SiLU, if that is known.
-            norm: What the frames are normalised by, as the next block would.
-            both: Whether they are wanted as they were before; else the first may be the second.
+            past: Pasts of both convolutions.
+            first: Whether `x` is the single first frame of a clip.
+            normed: `x` after `norm1` and SiLU, if it was computed before.
+            norm: Norm of the next block.
+            both: Whether the result before `norm` is needed; otherwise the first result may be the normalised one.
 
         Returns:
-            Frames, and frames after `norm` and SiLU or None, if they are still to be normalised; and the new past.
+            The result, its norm and SiLU, or None if the caller has to compute them; and the new past.
         """
         start, before = (x, self.norm1) if normed is None else (normed, None)
         (y, normed), past1 = self.conv1.after_normed(past[0], start, self.norm2, before=before, both=False, first=first)
@@ -316,7 +318,7 @@ class ResidualBlock(nnx.Module):
 
 
 class FrameAttention(nnx.Module):
-    """One head of attention among the positions of each frame."""
+    """Single-head attention among the positions of each frame."""
 
     def __init__(self, features: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -325,7 +327,7 @@ class FrameAttention(nnx.Module):
         self.proj = Conv(features, features, (1, 1, 1), **options)
 
     def empty_past(self, batch: int, height: int, width: int) -> Past:
-        """It looks at no other frame."""
+        """No past: attention is within a frame."""
         return ()
 
     def __call__(self, x: Video, past: Past, *, first: bool) -> tuple[Video, Past]:
@@ -337,7 +339,7 @@ class FrameAttention(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Twice the rows and columns at half the channels; if `temporal`, twice the frames before, but for the first."""
+    """Doubles rows and columns and halves channels; if `temporal`, first doubles all frames but the first."""
 
     def __init__(self, features: int, *, temporal: bool, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -346,22 +348,22 @@ class Upsample(nnx.Module):
             self.time_conv = Conv(features, 2 * features, (3, 1, 1), **options)
 
     def empty_past(self, batch: int, height: int, width: int) -> Past:
-        """The past of the second frame: the first is not part of it."""
+        """The past before the second frame; the first frame is not part of it."""
         return self.time_conv.empty_past(batch, height, width) if hasattr(self, "time_conv") else ()
 
     def __call__(
         self, x: Video, past: Past, *, first: bool, norm: ChannelNorm | None = None
     ) -> tuple[tuple[Video, Video | None], Past]:
-        """The next frames, and after a norm and SiLU; and the new past.
+        """Computes the upsampled frames, and the next block's norm and SiLU.
 
         Args:
             x: Frames.
-            past: Frames that the convolution in time remembers.
-            first: Whether this is the first frame, alone.
-            norm: What the next block begins with, if that is a norm and SiLU.
+            past: Past of the convolution in time.
+            first: Whether `x` is the single first frame of a clip.
+            norm: Norm of the next block, if it begins with a norm and SiLU.
 
         Returns:
-            Frames, and frames after `norm` and SiLU if there is one; and the new past.
+            The result, its norm and SiLU if `norm` is given, else None; and the new past.
         """
         if hasattr(self, "time_conv") and not first:
             y, past = self.time_conv.after(past, x)
@@ -377,12 +379,13 @@ class Upsample(nnx.Module):
         return (frames.reshape(shape), None if normed is None else normed.reshape(shape)), past
 
     def _convolve_doubled(self, x: Video) -> Float[Array, "N h w abC"]:
-        """`self.conv` of x with every row and column twice, as `doubled` takes it; with 4 of 9 products.
+        """`self.conv` of `x` with every row and column repeated, in the form of `doubled`, with 4 of 9 products.
 
-        The 3 x 3 pixels around one of the larger frame are at most 2 x 2 of x: rows h - 1 and h if it is the first of
-        two, h and h + 1 if it is the second. So it is a convolution of 2 x 2, whose weights are sums, for each of 4.
+        The 3x3 pixels around a pixel of the enlarged frame come from at most 2x2 pixels of `x`: rows h - 1 and h for
+        the first of two copies, h and h + 1 for the second. For each of the four combinations, the result is thus a 2x2
+        convolution whose weights are sums of those of the 3x3 kernel.
         """
-        steps = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # first or second, 2 steps, 3 steps
+        steps = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [copy, step of 2, step of 3]
         kernel = self.conv.kernel[0]
         precise = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
         summed = jnp.einsum("aik,bjl,klcd->ijcabd", steps.astype(precise.dtype), steps.astype(precise.dtype), precise)
@@ -397,7 +400,7 @@ class Upsample(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Half the rows and columns; if `temporal`, then half the frames, but for the first."""
+    """Halves rows and columns; if `temporal`, then halves the frames, except for the first one."""
 
     def __init__(self, features: int, *, temporal: bool, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -406,13 +409,13 @@ class Downsample(nnx.Module):
             self.time_conv = Conv(features, features, (3, 1, 1), strides=(2, 1), **options)
 
     def empty_past(self, batch: int, height: int, width: int) -> Past:
-        """Room for one frame."""
+        """The past, one frame of zeros; the first frame replaces it."""
         if not hasattr(self, "time_conv"):
             return ()
         return self.time_conv.empty_past(batch, height // 2, width // 2)[:, :1]
 
     def __call__(self, x: Video, past: Past, *, first: bool) -> tuple[Video, Past]:
-        """The next frames and the new past; `first` says that this is the first frame, alone."""
+        """The downsampled frames and the new past; `first` if `x` is the single first frame of a clip."""
         x = self.conv(x)
         if not hasattr(self, "time_conv"):
             return x, past

@@ -1,10 +1,10 @@
 """The tiny autoencoder for Wan 2.1's latents (TAEHV, "taew2_1"): a twentieth of the exact one's cost, and less sharp.
 
-Convolutions over single frames, and blocks that also see their own input of the frame before: that is all that is
-remembered, in a pytree that goes in and comes out. So a clip may come in pieces, and the result is the same. Latents
-are those of the diffusion model, which are the exact autoencoder's after its mean and deviation are taken out: the
-published weights know no scale or shift. As there, the first latent frame stands for one frame, and every further
-one for 4: the decoder makes 4 of every latent, of which the first 3 of all are let go.
+It consists of convolutions over single frames, and blocks that also see their own input for the previous frame. These
+inputs are the whole state, a pytree that is passed in and returned, so that the result does not depend on the pieces in
+which a clip is processed. Latents are the normalised ones of the diffusion model; the published weights include the
+normalisation. As in the exact autoencoder, the first latent frame stands for one frame and every further one for 4: the
+decoder computes 4 frames for every latent frame, and the first 3 of a clip are dropped.
 """
 
 import math
@@ -28,9 +28,9 @@ class TinyVAEConfig:
     Attributes:
         z_dim: Channels of the latents.
         encoder: Channels of the encoder.
-        decoder: Channels of the decoder's three levels, and of its last convolution's input.
-        downsample: Frames that each level of the encoder makes one of.
-        upsample: Frames that each level of the decoder makes of one.
+        decoder: Channels of the decoder's three levels, and of the input of its last convolution.
+        downsample: Factor by which each level of the encoder reduces the number of frames.
+        upsample: Factor by which each level of the decoder increases the number of frames.
         blocks: Blocks per level.
     """
 
@@ -61,7 +61,7 @@ class TinyVAEConfig:
 
 
 class MemoryBlock(nnx.Module):
-    """Three convolutions over a frame beside the frame before, and the frame itself added."""
+    """Three convolutions over a frame concatenated with the previous frame, plus a residual connection."""
 
     def __init__(self, features: int, **options: Any):
         self.conv1 = Conv(2 * features, features, (1, 3, 3), **options)
@@ -69,14 +69,14 @@ class MemoryBlock(nnx.Module):
         self.conv3 = Conv(features, features, (1, 3, 3), **options)
 
     def __call__(self, x: Video, past: Past) -> tuple[Video, Past]:
-        """The next frames, and the newest input."""
+        """The next frames, and the newest input frame, which is the new past."""
         before = jnp.concatenate([past, x[:, :-1]], axis=1)
         y = jax.nn.relu(self.conv1(jnp.concatenate([x, before], axis=-1)))
         return jax.nn.relu(self.conv3(jax.nn.relu(self.conv2(y))) + x), x[:, -1:]
 
 
 class _Level(nnx.Module):
-    """Blocks of equal size, one after another."""
+    """A sequence of blocks of equal size."""
 
     def __init__(self, features: int, blocks: int, **options: Any):
         self.blocks = nnx.List([MemoryBlock(features, **options) for _ in range(blocks)])
@@ -91,7 +91,7 @@ class _Level(nnx.Module):
 
 
 class DownLevel(_Level):
-    """Fewer frames, a quarter of the pixels, blocks."""
+    """Reduces the frames, halves rows and columns, and applies blocks."""
 
     def __init__(self, features: int, *, frames: int, blocks: int, **options: Any):
         self.frames = frames
@@ -108,7 +108,7 @@ class DownLevel(_Level):
 
 
 class UpLevel(_Level):
-    """Blocks, four times the pixels, more frames."""
+    """Applies blocks, doubles rows and columns, and increases the frames."""
 
     def __init__(self, features: int, out: int, *, frames: int, blocks: int, **options: Any):
         super().__init__(features, blocks, **options)
@@ -120,7 +120,7 @@ class UpLevel(_Level):
         """The next frames, and the new pasts."""
         x, after = self.run(x, pasts)
         batch, count, height, width, features = x.shape
-        x = self.grow(x).reshape(batch, count, height, width, self.frames, features)  # before it is enlarged: cheaper
+        x = self.grow(x).reshape(batch, count, height, width, self.frames, features)  # cheaper before enlarging
         x = jnp.moveaxis(x, 4, 2).reshape(batch, count * self.frames, height, width, features)
         return self.out(x.repeat(2, axis=2).repeat(2, axis=3)), after
 
@@ -142,7 +142,7 @@ class TinyVAE(nnx.Module):
         config: Sizes.
         dtype: Compute dtype.
         param_dtype: Dtype of the parameters; None: `dtype`.
-        rngs: Stream `params`.
+        rngs: Random keys for the parameters.
     """
 
     def __init__(
@@ -169,12 +169,12 @@ class TinyVAE(nnx.Module):
         self.conv_out = Conv(config.decoder[-1], RGB, (1, 3, 3), **options)
 
     def encoder_pasts(self, batch: int, height: int, width: int) -> Past:
-        """What the encoder remembers at a clip's beginning; sizes of the pixels."""
+        """State of the encoder at the beginning of a clip of `height` x `width` pixels."""
         features, levels = self.config.encoder, range(1, len(self.down) + 1)
         return self._pasts(batch, [(height >> level, width >> level, features) for level in levels])
 
     def decoder_pasts(self, batch: int, height: int, width: int) -> Past:
-        """What the decoder remembers at a clip's beginning; sizes of the latents."""
+        """State of the decoder at the beginning of a clip with latents of `height` x `width`."""
         sizes = enumerate(self.config.decoder[:-1])
         return self._pasts(batch, [(height << level, width << level, features) for level, features in sizes])
 
@@ -183,7 +183,15 @@ class TinyVAE(nnx.Module):
         return tuple(tuple(empty(size) for _ in range(self.config.blocks)) for size in levels)
 
     def encode_next(self, video: Float[Array, "B T H W 3"], pasts: Past) -> tuple[Float[Array, "B F h w C"], Past]:
-        """Latents of the next frames, 4 of which make one, and what is remembered; pixels lie in [-1, 1]."""
+        """Encodes the next frames, 4 per latent frame.
+
+        Args:
+            video: Pixels in [-1, 1].
+            pasts: From `encoder_pasts` or the previous call.
+
+        Returns:
+            Normalised latents, float32, and the new state.
+        """
         x, after = jax.nn.relu(self.conv_in((video + 1) / 2)), []
         for level, past in zip(self.down, pasts, strict=True):
             x, past = level(x, past)
@@ -191,9 +199,15 @@ class TinyVAE(nnx.Module):
         return self.to_latents(x).astype(jnp.float32), tuple(after)
 
     def decode_next(self, latents: Float[Array, "B F h w C"], pasts: Past) -> tuple[Float[Array, "B T H W 3"], Past]:
-        """Frames of the next latents, 4 of each, and what is remembered; not clipped, [-1, 1] is what can be shown.
+        """Decodes the next latents to 4 frames each.
 
-        Of a clip's first latent, only the last frame is one.
+        Args:
+            latents: Normalised latents.
+            pasts: From `decoder_pasts` or the previous call.
+
+        Returns:
+            Frames, float32, with values nominally in [-1, 1] but not clipped, and the new state. Only the last of the 4
+            frames of a clip's first latent frame is valid.
         """
         x, after = jax.nn.relu(self.from_latents(3 * jnp.tanh(latents.astype(jnp.float32) / 3))), []
         for level, past in zip(self.up, pasts, strict=True):
@@ -202,16 +216,16 @@ class TinyVAE(nnx.Module):
         return 2 * self.conv_out(jax.nn.relu(x)).astype(jnp.float32) - 1, tuple(after)
 
     def encode(self, video: Float[Array, "B T H W 3"]) -> Float[Array, "B F h w C"]:
-        """Latents of a whole clip.
+        """Encodes a whole clip.
 
         Args:
-            video: Pixels in [-1, 1]; the last frame is repeated until the frames make whole latents.
+            video: Pixels in [-1, 1]; the last frame is repeated up to a multiple of 4 frames.
 
         Returns:
-            Latents, normalised: 1 + k of 1 + 4 k frames.
+            Normalised latents; 1 + k frames for 1 + 4 k frames of video.
 
         Raises:
-            ValueError: If the size does not make whole latents.
+            ValueError: If height or width is not a multiple of 8.
         """
         batch, frames, height, width, _ = video.shape
         factor = self.config.spatial_factor
@@ -222,7 +236,7 @@ class TinyVAE(nnx.Module):
         return self.encode_next(video, self.encoder_pasts(batch, height, width))[0]
 
     def decode(self, latents: Float[Array, "B F h w C"]) -> Float[Array, "B T H W 3"]:
-        """Frames of a whole clip, T = 1 + 4 (F - 1), in [-1, 1]."""
+        """Decodes a whole clip to T = 1 + 4 (F - 1) frames, clipped to [-1, 1]."""
         batch, _, height, width, _ = latents.shape
         frames, _ = self.decode_next(latents, self.decoder_pasts(batch, height, width))
         return jnp.clip(frames[:, self.config.temporal_factor - 1 :], -1, 1)

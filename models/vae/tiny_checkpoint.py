@@ -1,4 +1,4 @@
-"""Reading the tiny autoencoder's published files: `taew2_1.pth` or `taew2_1.safetensors`, or another of its kind."""
+"""Reading of the tiny autoencoder's published files, `taew2_1.pth` or `taew2_1.safetensors`, and others of the kind."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,13 +22,13 @@ from monarchrt.models.vae.tiny import RGB, TinyVAE, TinyVAEConfig
 
 TINY_FILES = ("taew2_1.safetensors", "taew2_1.pth")
 LEVELS, BLOCKS = 3, 3
-# where the layers lie in the published file, which numbers them with those that have no parameters
+# index of the first level in the published file, which also numbers layers without parameters
 ENCODER_LEVEL, DECODER_LEVEL = 2 + BLOCKS, 3 + BLOCKS
 ANCHOR = "decoder.1.weight"
 
 
 def tiny_entries() -> list[Entry]:
-    """Every tensor of the file, with its name there.
+    """Every tensor of the published file.
 
     Examples:
         >>> entries = tiny_entries()
@@ -74,7 +74,7 @@ def load_tiny_vae(
     param_dtype: DTypeLike | None = None,
     progress: Progress | None = None,
 ) -> TinyVAE:
-    """Loads a tiny autoencoder; its sizes are those of the tensors.
+    """Loads a tiny autoencoder, whose sizes follow from the tensors.
 
     Examples:
         >>> vae = load_tiny_vae("taew2_1.pth", dtype="bfloat16")  # doctest: +SKIP
@@ -83,13 +83,13 @@ def load_tiny_vae(
         path: `taew2_1.pth`, `taew2_1.safetensors`, another file of this kind, or a folder with one of the first two.
         dtype: Compute dtype.
         param_dtype: Dtype of the parameters; None keeps the file's (float32 if it is mixed).
-        progress: Called with name, bytes done and bytes in total after each tensor.
+        progress: Called after each tensor with its name, bytes read so far, and bytes in total.
 
     Returns:
         The autoencoder.
 
     Raises:
-        ValueError: If there is no such file, it lacks tensors, has others, or is of another kind.
+        ValueError: If there is no such file, it lacks tensors or has others, or is another model.
     """
     path = Path(path)
     if path.is_dir():
@@ -113,10 +113,10 @@ def load_tiny_vae(
 
 
 def tiny_config(file: TensorFile, *, where: Path) -> TinyVAEConfig:
-    """The sizes that the tensors have.
+    """The configuration, read from the shapes of tensors.
 
     Raises:
-        ValueError: If they are of another kind of model, or of another tiny autoencoder than those of single pixels.
+        ValueError: If they belong to another kind of model, or to a tiny autoencoder that groups pixels.
     """
     entries = {".".join(entry.path): entry.names["official"] for entry in tiny_entries()}
     shapes = _shapes(file.infos)

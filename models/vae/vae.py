@@ -1,9 +1,9 @@
-"""The Wan 2.1 autoencoder: video to latents and back, for whole clips or as a stream.
+"""The Wan 2.1 autoencoder, which encodes and decodes whole clips or streams.
 
-A clip's first frame has its own latent frame; every further latent frame stands for 4 frames. Nothing looks ahead in
+A clip's first frame has its own latent frame; every further latent frame stands for 4 frames. The layers are causal in
 time, so both directions can run frame by frame, with the state of the convolutions in a pytree that is passed in and
-returned. Whole clips are a scan over the same step, `chunk` latent frames at a time, so memory does not grow with the
-clip and a stream gives the same frames.
+returned. Whole clips are a scan over the same step, `chunk` latent frames at a time: memory does not grow with the
+clip, and streams give the same frames.
 """
 
 from collections.abc import Callable
@@ -42,11 +42,11 @@ class Head(nnx.Module):
         self.conv = kind(features, out, (3, 3, 3), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def empty_past(self, batch: int, height: int, width: int) -> Past:
-        """The past of a clip's beginning."""
+        """The past at the beginning of a clip."""
         return self.conv.empty_past(batch, height, width)
 
     def __call__(self, x: Video, past: Past, *, first: bool, normed: Video | None = None) -> tuple[Video, Past]:
-        """The next frames and the new past; `normed` is x after norm and SiLU, if that is known."""
+        """The next frames and the new past; `normed` is `x` after norm and SiLU, if it was computed before."""
         return self.conv.after(past, self.norm(x, silu=True) if normed is None else normed, first=first)
 
 
@@ -60,7 +60,7 @@ class Coder(nnx.Module):
         raise NotImplementedError
 
     def empty_past(self, batch: int, height: int, width: int) -> Past:
-        """The pasts of all layers at a clip's beginning, for inputs of `height` x `width`."""
+        """The pasts of all layers at the beginning of a clip, for inputs of `height` x `width`."""
         pasts = [self.conv1.empty_past(batch, height, width)]
         for block in self.blocks():
             pasts.append(block.empty_past(batch, height, width))
@@ -71,11 +71,11 @@ class Coder(nnx.Module):
         return tuple(pasts)
 
     def __call__(self, x: Video, pasts: Past, *, first: bool) -> tuple[Video, Past]:
-        """The next frames and the new pasts; `first` says that this is the first frame, alone."""
+        """The next frames and the new pasts; `first` if `x` is the single first frame of a clip."""
         x, past = self.conv1.after(pasts[0], x, first=first)
         updated, blocks, normed = [past], self.blocks(), None
         for block, following, old in zip(blocks, [*blocks[1:], None], pasts[1:], strict=True):
-            if isinstance(block, ResidualBlock):  # what the next block normalises, it may be able to
+            if isinstance(block, ResidualBlock):  # may fuse the norm of the next block
                 norm, both = _norm_of(following), not isinstance(following, Head)
                 (x, normed), past = block(x, old, first=first, normed=normed, norm=norm, both=both)
             elif isinstance(block, Upsample):
@@ -89,14 +89,14 @@ class Coder(nnx.Module):
 
 
 def _norm_of(block: Any) -> ChannelNorm | None:
-    """What a block begins with, if that is a norm and SiLU."""
+    """The norm with which a block begins, if it is followed by SiLU; else None."""
     if isinstance(block, ResidualBlock):
         return block.norm1
     return block.norm if isinstance(block, Head) else None
 
 
 class Encoder(Coder):
-    """Pixels to the moments of the latents."""
+    """Maps pixels to the moments of the latents."""
 
     def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -119,7 +119,7 @@ class Encoder(Coder):
 
 
 class Decoder(Coder):
-    """Latents to pixels."""
+    """Maps latents to pixels."""
 
     def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -174,13 +174,13 @@ class WanVAE(nnx.Module):
 
     Args:
         config: Sizes.
-        rngs: Its `params` stream.
+        rngs: Random keys for the parameters.
         dtype: Dtype of the convolutions and of the cache; norms, softmax, inputs and outputs are float32 or wider.
         param_dtype: Dtype of the parameters.
-        implementation: How 3x3x3 convolutions in half precision are computed: "mosaic", by the Hopper kernel wherever
-            it is supported, with the last one's steps in time folded (`FoldedConv`); "xla"; None: on a Hopper GPU, by
-            either where it was measured to be faster. Other norms use Triton kernels on Hopper where supported (half
-            precision), unless "xla"; elsewhere XLA.
+        implementation: Implementation of 3x3x3 convolutions in half precision: "mosaic" for the Hopper kernel wherever
+            it is supported, with folded steps in time in the last one (`FoldedConv`); "xla"; or None for the faster of
+            both, as measured, on a Hopper GPU. Unless "xla", norms that are not fused use Triton kernels on Hopper
+            where supported (half precision), and XLA elsewhere.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class WanVAE(nnx.Module):
     # Latents to frames
 
     def decode(self, latents: Float[Array, "B F h w Z"], *, chunk: int = 4) -> Float[Array, "B T H W 3"]:
-        """Frames of a whole clip: a scan over `decode_next`, `chunk` latent frames at a time.
+        """Decodes a whole clip in a scan over `decode_next`, `chunk` latent frames at a time.
 
         Args:
             latents: Normalised latents.
@@ -221,7 +221,7 @@ class WanVAE(nnx.Module):
             Frames in [-1, 1], float32 or wider; T = 1 + 4 (F - 1), H = 8 h, W = 8 w.
 
         Raises:
-            ValueError: If there is no frame, or the channels are not the model's.
+            ValueError: If there is no frame, or the number of channels is wrong.
         """
         positive("chunk", chunk)
         self._check_latents(latents)
@@ -297,14 +297,15 @@ class WanVAE(nnx.Module):
     # Frames to latents
 
     def encode(self, video: Real[Array, "B T H W C"], *, chunk: int = 4) -> Float[Array, "B F h w Z"]:
-        """Latents of a whole clip: a scan over `encode_next`, `chunk` latent frames at a time.
+        """Encodes a whole clip in a scan over `encode_next`, `chunk` latent frames at a time.
 
         Args:
             video: Frames in [-1, 1].
             chunk: Latent frames per step.
 
         Returns:
-            (mu - mean) / std, float32 or wider; F = 1 + (T - 1) / 4, h = H / 8, w = W / 8. Nothing is sampled.
+            The normalised mean (mu - mean) / std, not a sample, in float32 or wider; F = 1 + (T - 1) / 4, h = H / 8,
+            w = W / 8.
 
         Raises:
             ValueError: If T is not 4 k + 1, H or W is not a multiple of 8, or there are not 3 channels.
@@ -317,7 +318,7 @@ class WanVAE(nnx.Module):
         return _in_chunks(video, cache, self.encode_first, self.encode_next, chunk * self.config.temporal_factor)
 
     def init_encoder_cache(self, batch: int, height: int, width: int) -> Past:
-        """The encoder's state before the first frame; arguments as for `init_decoder_cache`."""
+        """The encoder's state before the first frame; arguments are as in `init_decoder_cache`."""
         self.config.latent_shape(1, height, width)
         return self.encoder.empty_past(positive("batch", batch), height, width)
 
@@ -391,7 +392,7 @@ class WanVAE(nnx.Module):
 
 
 def _in_chunks(x: Array, cache: Past, begin: Callable, step: Callable, chunk: int) -> Array:
-    """`begin` on the first frame, then a scan of `step` over pieces of `chunk` frames, then what is left over."""
+    """Runs `begin` on the first frame, a scan of `step` over pieces of `chunk` frames, and `step` on the remainder."""
     first, cache = begin(x[:, :1], cache)
     outputs, rest = [first], x[:, 1:]
     count, left = divmod(rest.shape[1], chunk)
