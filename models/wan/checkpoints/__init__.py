@@ -1,4 +1,4 @@
-"""Reading, writing, inspecting and converting Wan checkpoints: official, diffusers, torch `.pt`, Orbax."""
+"""Reading, writing, inspection and conversion of Wan checkpoints: official, diffusers, torch `.pt`, Orbax."""
 
 from monarchrt.models.checkpoints.torch_pickle import UnsafePickleError
 from monarchrt.models.wan.checkpoints.convert import (

@@ -1,4 +1,4 @@
-"""Inspecting and converting checkpoints, for the command line and for scripts."""
+"""Inspection and conversion of checkpoints, for the command line and for scripts."""
 
 import collections
 import dataclasses
@@ -20,28 +20,28 @@ from monarchrt.models.wan.kinds import own_shapes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
-        path: Where the weights are.
+        path: Path of the weights.
         format: "official", "diffusers", "torch" or "orbax".
-        naming: Whose names its tensors have.
-        config: The model, from `config.json` or from the tensors.
+        naming: Naming of its tensors, "official" or "diffusers".
+        config: Configuration of the model, from `config.json` or from the tensors.
         config_path: The `config.json`, if there is one.
-        attention: The self-attention stored with the weights, in words.
-        parameters: Numbers in all tensors.
-        dtypes: Tensors by dtype.
-        tensors: Tensors in the file, and `expected` how many the model has.
-        expected: Tensors of the model.
-        sets: Sets of tensors in a `.pt` file, and `weights` the one that would be loaded.
-        weights: The set that was looked at.
-        missing: Tensors that the model has and the file lacks.
-        unexpected: Tensors that the model has not.
-        wrong_shape: Sentences about tensors of another shape.
+        attention: Description of the self-attention stored with the weights.
+        parameters: Number of parameters in all tensors.
+        dtypes: Number of tensors by dtype.
+        tensors: Number of tensors in the file.
+        expected: Number of tensors of the model.
+        sets: Sets of tensors in a `.pt` file.
+        weights: The set that was inspected, which would be loaded.
+        missing: Tensors of the model that the file lacks.
+        unexpected: Tensors in the file that the model does not have.
+        wrong_shape: Sentences about tensors with a wrong shape.
         few_step: Whether the weights are distilled, to be sampled in few steps.
-        trained: How they were trained, if that is stored.
-        float8: Weights that are stored in float8 with scales, and without.
-        scheduler: The `scheduler_config.json` of its pipeline, in words, if there is one.
+        trained: Settings of the training, if stored.
+        float8: Number of weights stored in float8 with scales, and without.
+        scheduler: Description of the `scheduler_config.json` of its pipeline, if there is one.
     """
 
     path: Path
@@ -70,7 +70,7 @@ class CheckpointInfo:
         return not (self.missing or self.unexpected or self.wrong_shape)
 
     def lines(self) -> list[str]:
-        """A report, a line for each fact."""
+        """A report with one line per fact."""
         c = self.config
         report = {
             "path": str(self.path),
@@ -114,7 +114,7 @@ def inspect_checkpoint(
     num_heads: int | None = None,
     head_dim: int | None = None,
 ) -> CheckpointInfo:
-    """Looks into a checkpoint without loading tensors.
+    """Inspects a checkpoint without loading tensors.
 
     Examples:
         >>> import tempfile
@@ -129,17 +129,17 @@ def inspect_checkpoint(
     Args:
         path: A folder of the official, diffusers or orbax format, a pipeline folder with `transformer/`, a safetensors
             or `.pt` file, or a Hugging Face repository `owner/name`.
-        config: The model's sizes, for files without `config.json` whose heads are not of 128 channels.
-        weights: Which set of a `.pt` file.
+        config: Sizes of the model, for files without `config.json` whose heads do not have 128 channels.
+        weights: Name of the set in a `.pt` file.
         revision: Revision of a Hugging Face repository.
-        num_heads: Attention heads, for files without `config.json` whose heads are not of 128 channels.
+        num_heads: Number of attention heads, for files without `config.json` whose heads do not have 128 channels.
         head_dim: Channels of a head, likewise.
 
     Returns:
-        What it holds, incomplete checkpoints included.
+        The contents, also of an incomplete checkpoint.
 
     Raises:
-        ValueError: If it cannot be read at all.
+        ValueError: If it cannot be read.
     """
     source = open_source(
         path, config=config, weights=weights, revision=revision, num_heads=num_heads, head_dim=head_dim
@@ -187,28 +187,28 @@ def convert_checkpoint(
     num_heads: int | None = None,
     head_dim: int | None = None,
 ) -> Path:
-    """Writes a checkpoint in another format. Between official and diffusers every bit of every tensor is kept.
+    """Converts a checkpoint to another format; between official and diffusers, tensors are copied bit by bit.
 
     Args:
-        source: As `inspect_checkpoint`.
-        destination: A folder that does not exist yet, or is empty; for torch a file.
+        source: As in `inspect_checkpoint`.
+        destination: A folder that does not exist or is empty; for torch, a file that does not exist.
         to: "official", "diffusers", "orbax" or "torch".
         dtype: Dtype of the tensors written; None keeps the file's.
         config: Sizes that the source must have.
-        attention: Self-attention to store with the weights; None keeps what is stored.
-        causal_block: Latent frames per causal block to store; None keeps what is stored.
-        weights: Which set of a `.pt` file.
-        max_shard_bytes: Splits larger weights into numbered shards.
-        override: Allows an attention other than the one stored with the weights.
-        few_step: Stores that the weights are distilled, as is done unasked where the source says so or is a generator
-            of Self-Forcing.
-        progress: Called with name, bytes done and bytes in total after each tensor.
+        attention: Self-attention to store with the weights; None keeps the stored one.
+        causal_block: Latent frames per causal block to store; None keeps the stored value.
+        weights: Name of the set in a `.pt` file.
+        max_shard_bytes: Size above which weights are split into numbered shards.
+        override: Whether to allow an attention other than the one stored with the weights.
+        few_step: Whether to store that the weights are distilled; this is always stored if the source says so or is a
+            generator of Self-Forcing.
+        progress: Called after each tensor with its name, bytes written so far, and bytes in total.
         revision: Revision of a Hugging Face repository.
-        num_heads: As `inspect_checkpoint`.
-        head_dim: As `inspect_checkpoint`.
+        num_heads: As in `inspect_checkpoint`.
+        head_dim: As in `inspect_checkpoint`.
 
     Returns:
-        The folder.
+        The folder, or the file for torch.
 
     Raises:
         ValueError: If the source cannot be read or is incomplete, or the destination is not empty.
@@ -246,18 +246,18 @@ def convert_source(
     few_step: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes a checkpoint that is open in another format: what `convert_checkpoint` does after it has opened one.
+    """Converts an opened checkpoint; arguments are as in `convert_checkpoint`.
 
     Args:
-        opened: Of `monarchrt.models.wan.checkpoints.source.open_source`.
-        destination: As `convert_checkpoint`, and so are all others.
+        opened: From `monarchrt.models.wan.checkpoints.source.open_source`.
+        destination: The folder, or the file for torch.
         to: Format.
         dtype: Dtype of the tensors written.
         attention: Self-attention to store.
         causal_block: Frames per block to store.
         max_shard_bytes: Largest size of a file.
-        override: Allows another attention.
-        few_step: Stores that the weights are distilled.
+        override: Whether to allow another attention.
+        few_step: Whether to store that the weights are distilled.
         progress: Called after each tensor.
 
     Returns:
@@ -347,10 +347,10 @@ class ConvertOptions:
 
         Args:
             progress: Called after each tensor.
-            adapt: Changes the checkpoint once it is open.
+            adapt: Applied to the opened checkpoint before it is written.
 
         Returns:
-            What was written.
+            The folder or file that was written.
         """
         check_target(self.to)
         opened = open_source(

@@ -1,4 +1,4 @@
-"""Checkpoint to model, one tensor at a time."""
+"""Loading of models from checkpoints, one tensor at a time."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from monarchrt.models.wan.config import WanConfig
 from monarchrt.models.wan.dit import WanModel
 from monarchrt.models.wan.kinds import own_shapes
 
-# Fields that change no tensor: what a caller may choose beside the checkpoint.
+# fields that do not change tensors, which callers may choose independently of the checkpoint
 POLICY = ("attention", "causal_block", "independent_first_frame", "param_dtype", "dtype", "remat", "unroll_layers")
 
 
@@ -38,8 +38,8 @@ def load_checkpoint(
 ) -> WanModel:
     """Loads a model from any supported format.
 
-    Tensors are read one at a time, cast and placed; stacked parameters are allocated once on their device and filled,
-    so that the host holds no more than the model plus a tensor.
+    Tensors are read one at a time, cast and placed; stacked parameters are allocated once on their devices and filled
+    in place, so that the host needs memory for the model and one tensor at most.
 
     Examples:
         >>> import tempfile
@@ -52,22 +52,22 @@ def load_checkpoint(
         'bfloat16'
 
     Args:
-        path: As `inspect_checkpoint`.
-        config: What the caller expects; its sizes must be the checkpoint's. Its policy fields (attention, dtypes,
-            remat) are taken where the arguments below are None.
-        attention: Self-attention to use; None takes what is stored with the weights, else dense.
-        causal_block: Latent frames per causal block; None takes what is stored.
+        path: As in `inspect_checkpoint`.
+        config: Expected configuration, whose sizes must be the checkpoint's. Its policy fields (attention, dtypes,
+            remat) are used for arguments below that are None.
+        attention: Self-attention to use; None: the one stored with the weights, else dense.
+        causal_block: Latent frames per causal block; None: the stored value.
         param_dtype: Dtype of the parameters; None keeps the file's (float32 if it is mixed).
-        dtype: Compute dtype; None is float32.
-        remat: As `WanConfig.remat`.
-        weights: Which set of a `.pt` file.
-        sharding: Where parameters go: one sharding for all, or a function of path and shape (layers stacked on axis 0,
-            which must not be split).
-        override: Allows an attention other than the one stored with the weights.
-        progress: Called with name, bytes done and bytes in total after each tensor.
+        dtype: Compute dtype; None: float32.
+        remat: As in `WanConfig`.
+        weights: Name of the set in a `.pt` file.
+        sharding: Sharding of the parameters: one for all, or a function of path and shape (layers are stacked on axis
+            0, which must not be split).
+        override: Whether to allow an attention other than the one stored with the weights.
+        progress: Called after each tensor with its name, bytes read so far, and bytes in total.
         revision: Revision of a Hugging Face repository.
-        num_heads: As `inspect_checkpoint`.
-        head_dim: As `inspect_checkpoint`.
+        num_heads: As in `inspect_checkpoint`.
+        head_dim: As in `inspect_checkpoint`.
 
     Returns:
         The model.
@@ -106,18 +106,18 @@ def load_source(
     override: bool = False,
     progress: Progress | None = None,
 ) -> WanModel:
-    """Loads a model from a checkpoint that is open: what `load_checkpoint` does after it has opened one.
+    """Loads a model from an opened checkpoint; arguments are as in `load_checkpoint`.
 
     Args:
-        source: Of `monarchrt.models.wan.checkpoints.source.open_source`.
-        config: As `load_checkpoint`, and so are all others.
+        source: From `monarchrt.models.wan.checkpoints.source.open_source`.
+        config: Expected configuration.
         attention: Self-attention to use.
         causal_block: Frames per block.
         param_dtype: Dtype of the parameters.
         dtype: Compute dtype.
-        remat: As `WanConfig.remat`.
-        sharding: Where parameters go.
-        override: Allows an attention other than the one stored with the weights.
+        remat: As in `WanConfig`.
+        sharding: Sharding of the parameters.
+        override: Whether to allow an attention other than the one stored with the weights.
         progress: Called after each tensor.
 
     Returns:
@@ -143,7 +143,7 @@ def load_source(
 
 
 def check_sizes(source: Source, config: WanConfig) -> None:
-    """Raises ValueError if the checkpoint is of other sizes than `config`."""
+    """Raises ValueError if the checkpoint has other sizes than `config`."""
     stored = source.config
     if stored.model_type != config.model_type:
         raise ValueError(
@@ -160,7 +160,11 @@ def check_sizes(source: Source, config: WanConfig) -> None:
 
 
 def resolve_config(source: Source, config: WanConfig | None, *, override: bool, **policy) -> WanConfig:
-    """The checkpoint's sizes with the policy asked for; ValueError if its attention is another than the stored one."""
+    """The checkpoint's sizes with the requested policy.
+
+    Raises:
+        ValueError: If the requested attention is not the stored one, unless `override`.
+    """
     asked = {name: value for name, value in policy.items() if value is not None}
     if config is not None:
         asked = {name: getattr(config, name) for name in POLICY} | asked
@@ -183,9 +187,9 @@ def read_model(
     sharding: jax.sharding.Sharding | Shardings | None = None,
     progress: Progress | None = None,
 ) -> WanModel:
-    """The model of `config` with the tensors of `source`, which has been checked.
+    """Builds the model of `config` with the tensors of `source`, which has been checked.
 
-    Where its attention has other parameters of its own than the stored one, `WanModel.with_attention` says which stay.
+    If its attention has other parameters of its own than the stored one, they change as in `WanModel.with_attention`.
     """
     stored = dataclasses.replace(config, attention=source.config.attention, causal_block=source.config.causal_block)
     as_stored = own_shapes(stored) != own_shapes(config)

@@ -1,4 +1,4 @@
-"""From what the user names to the file with one transformer's weights; other models are told by their folders."""
+"""Finding the file with a transformer's weights from a path or name; recognises other models by their folders."""
 
 import re
 from pathlib import Path
@@ -10,14 +10,14 @@ from monarchrt.models.checkpoints.reading import PICKLES, weights_file
 from monarchrt.models.checkpoints.recognize import SUPPORTED
 
 type Format = Literal["official", "diffusers", "torch", "orbax"]
-# Wan 2.2's two networks: folders of its official form, and what single files of one of them are called
+# Wan 2.2's two networks: folders in its official layout, and names of single files of one network
 EXPERTS = ("high_noise_model", "low_noise_model")
 _EXPERT = re.compile(r"(high|low)[ _.-]?noise", re.IGNORECASE)
 PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline", "WanImageToVideoPipeline")
 
 
 class Place(NamedTuple):
-    """Where weights are: folder or file as it is called in messages, and the file to open, or Orbax's folder."""
+    """The location of weights: folder or file for messages, the file to open (or Orbax's folder), and the format."""
 
     path: Path
     file: Path
@@ -28,14 +28,15 @@ def locate(path: str | Path, revision: str | None = None) -> Place:
     """Finds the weights of one transformer.
 
     Args:
-        path: As `monarchrt.models.wan.checkpoints.source.open_source`.
+        path: As in `monarchrt.models.wan.checkpoints.source.open_source`.
         revision: Revision of a Hugging Face repository.
 
     Returns:
-        The place.
+        The location.
 
     Raises:
-        ValueError: If there is none, no telling which, or the folders are those of another model, which is named.
+        ValueError: If there are no weights, several without a preferred one, or the folders belong to another model,
+            which the message names.
     """
     local = _local(path, revision)
     if local.is_file():
@@ -58,7 +59,7 @@ def locate(path: str | Path, revision: str | None = None) -> Place:
 
 
 def _refuse_two_networks(folder: Path) -> None:
-    """Raises ValueError for a pipeline of two networks, or of another model, by its folders and `model_index.json`."""
+    """Raises ValueError for a pipeline of two networks or of another model, by its folders and `model_index.json`."""
     index = folder / "model_index.json"
     data: dict[str, Any] = read_json(index) if index.is_file() else {}
     second = data.get("transformer_2")
@@ -80,7 +81,7 @@ def _refuse_two_networks(folder: Path) -> None:
 
 
 def _refuse_expert(path: Path) -> None:
-    """Raises ValueError for one of Wan 2.2's two networks, which is half a model; only its name tells."""
+    """Raises ValueError for one of Wan 2.2's two networks, which only its name distinguishes from a whole model."""
     whole = path.parent
     if path.name in ("transformer", "transformer_2") and (whole / "model_index.json").is_file():
         _refuse_two_networks(whole)
@@ -97,7 +98,7 @@ def _local(path: str | Path, revision: str | None) -> Path:
     try:
         if local.exists():
             return local
-    except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
+    except (OSError, ValueError) as error:  # a name that is too long or has a null byte
         raise ValueError(f"path={str(path)[:200]!r} is not a path: {error}.") from error
     if not names_repository(path):
         raise ValueError(
@@ -106,6 +107,6 @@ def _local(path: str | Path, revision: str | None) -> Path:
         )
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     patterns += ["model_index.json", *(f"transformer/{pattern}" for pattern in patterns)]
-    # small files by which pipelines of two networks are told before anything is taken for one of them
+    # small files that identify pipelines of two networks
     patterns += ["scheduler/scheduler_config.json", "transformer_2/config.json", *(f"{e}/config.json" for e in EXPERTS)]
     return fetch(str(path), patterns, revision=revision)

@@ -1,4 +1,4 @@
-"""Names of Wan's parameters: ours, the official checkpoint's and diffusers', as data, and the change of layout."""
+"""Names of Wan's parameters in our model, official checkpoints and diffusers, as data, with their changes of layout."""
 
 import dataclasses
 import functools
@@ -21,10 +21,11 @@ class Rule:
     """One module or array: its path in our model and its name in the two formats; `{i}` is the layer.
 
     Attributes:
-        ours: Attributes joined by dots.
+        ours: Path in our model, joined by dots.
         official: Name in Wan's own files.
         diffusers: Name in diffusers' files.
-        arrays: Our leaf to their leaf ("" if the name is the array itself) and the change of layout.
+        arrays: For each array, its name in our module and in theirs ("" if the rule names the array itself), and the
+            change of layout.
     """
 
     ours: str
@@ -56,7 +57,7 @@ OUTER_I2V = (
     Rule("image_embedding.mlp.fc2", "img_emb.proj.3", f"{D}.image_embedder.ff.net.2", LINEAR),
     Rule("image_embedding.norm2", "img_emb.proj.4", f"{D}.image_embedder.norm2", AFFINE),
 )
-# The official norm3, of the cross-attention, is diffusers' norm2; the other norms of a block have no parameters.
+# the official norm3, of the cross-attention, is diffusers' norm2; other norms of a block have no parameters
 BLOCK = (
     Rule("blocks.modulation", f"{P}.modulation", f"{P}.scale_shift_table", ARRAY),
     *(Rule(f"blocks.self_attn.{x}", f"{P}.self_attn.{x}", f"{P}.attn1.to_{x}", LINEAR) for x in "qkv"),
@@ -78,14 +79,14 @@ BLOCK_I2V = (
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint and where it goes.
+    """One tensor of a checkpoint and its destination.
 
     Attributes:
-        path: Our parameter, as a path of attributes.
+        path: Path of our parameter.
         layer: Index on the parameter's leading layer axis, or None outside the blocks.
         official: Name in Wan's own files.
         diffusers: Name in diffusers' files.
-        layout: How ours is made from theirs.
+        layout: Change of layout; see `to_ours`.
     """
 
     path: tuple[str, ...]
@@ -108,7 +109,7 @@ def tensors(config: WanConfig) -> list[Tensor]:
         (825, 1303)
 
     Args:
-        config: Model type and number of layers are used.
+        config: Configuration, of which model type, number of layers and attention are used.
 
     Returns:
         One entry per tensor.
@@ -125,7 +126,7 @@ def tensors(config: WanConfig) -> list[Tensor]:
 
 
 def own_tensors(config: WanConfig) -> list[Tensor]:
-    """Parameters of the attention's own: named by their path, and in the layout that we have them in."""
+    """Tensors of attention kinds, which are named by their path and stored in our layout."""
     return [
         Tensor(path, layer, f"blocks.{layer}.self_attn.{name}", f"blocks.{layer}.attn1.{name}", "vector")
         for layer in range(config.num_layers)
@@ -153,7 +154,7 @@ def checkpoint_shape(config: WanConfig, tensor: Tensor) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(config: WanConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Shapes of our parameters by path, layers stacked; nothing is allocated."""
+    """Shapes of our parameters by path, stacked over layers; allocates nothing."""
     return reading.parameter_shapes(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))
 
 

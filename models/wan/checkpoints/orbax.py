@@ -1,7 +1,7 @@
-"""Our own format: `config.json` and the parameters, stacked as the model holds them, in an Orbax folder `params`.
+"""Our own format: `config.json`, and the parameters, stacked over layers as in the model, in an Orbax folder `params`.
 
-Orbax stores arrays through tensorstore. Layers are stored as chunks of their own, so that one tensor at a time can be
-read through tensorstore; `ocp.StandardCheckpointer` restores the same folder as a whole.
+Each layer is a chunk of its own, so that single tensors can be read through tensorstore, which Orbax uses;
+`ocp.StandardCheckpointer` restores the whole folder.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class OrbaxFile:
         infos: Shape and dtype by official name.
 
     Raises:
-        ValueError: If a parameter is missing, cannot be opened, or is of another shape than `config` says.
+        ValueError: If a parameter is missing, cannot be opened, or has another shape than in `config`.
     """
 
     def __init__(self, path: Path, config: WanConfig):
@@ -47,7 +47,7 @@ class OrbaxFile:
         self.metadata: dict[str, str] = {}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor."""
+        """Reads a tensor."""
         tensor = self._tensors[name]
         array = self._arrays[tensor.path]
         wanted = array if tensor.layer is None else array[tensor.layer]
@@ -56,7 +56,7 @@ class OrbaxFile:
 
 
 def _open(path: Path, shapes: dict[ParameterPath, tuple[int, ...]]) -> dict[ParameterPath, ts.TensorStore]:
-    """Every parameter, opened and not read."""
+    """Opens every parameter without reading it."""
     folder = path / FOLDER
     stores = open_arrays(folder, [".".join(parameter) for parameter in shapes])
     arrays = dict(zip(shapes, stores.values(), strict=True))
@@ -77,14 +77,14 @@ def save_orbax(
     few_step: bool = False,
     trained: settings.Trained | None = None,
 ) -> Path:
-    """Writes a model, its sizes and its Monarch settings; needs memory for a copy of its largest parameter.
+    """Writes a model with its configuration; needs memory for a copy of its largest parameter.
 
     Args:
         model: The model.
-        path: A folder that does not exist yet, or is empty.
+        path: A folder that does not exist or is empty.
         dtype: Dtype of the parameters; None keeps theirs.
-        few_step: As `save_checkpoint`.
-        trained: As `save_checkpoint`.
+        few_step: As in `save_checkpoint`.
+        trained: As in `save_checkpoint`.
 
     Returns:
         The folder.
@@ -100,7 +100,7 @@ def save_orbax(
         data |= {"image_dim": config.image_dim, "param_dtype": kept}
         (folder / "config.json").write_text(settings.dump_json(data))
         chunks = jax.tree.map(lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.ndim > 2 else ()), state)
-        # Orbax copies what it is about to write: no more than the largest parameter at a time, with room for rounding
+        # Orbax copies arrays before writing: at most the largest parameter at a time, with a margin for rounding
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(state))
         handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.001 * largest / 1e9)  # type: ignore[arg-type]
         with ocp.Checkpointer(handler) as checkpointer:

@@ -1,4 +1,4 @@
-"""Model or opened checkpoint to files, one tensor at a time, complete or not at all."""
+"""Writing of models and opened checkpoints, one tensor at a time; files appear complete or not at all."""
 
 import json
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class ModelFile:
         }
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, brought to the host."""
+        """Copies a tensor to the host."""
         tensor = self._tensors[name]
         value = self._values[tensor.path][...]
         return np.asarray(to_theirs(np.asarray(value if tensor.layer is None else value[tensor.layer]), tensor.layout))
@@ -60,21 +60,22 @@ def save_checkpoint(
     trained: settings.Trained | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes a model, with its Monarch settings, in the official, the diffusers or the orbax format.
+    """Writes a model, with its attention, in the official, diffusers, orbax or torch format.
 
     Args:
         model: The model.
-        path: A folder that does not exist yet, or is empty; in the torch format a file.
-        format: "official", "diffusers" (the `transformer` folder of a pipeline), "orbax", or "torch", a `.pt` file as
-            Self-Forcing has them, which holds no settings.
+        path: A folder that does not exist or is empty; for torch, a file that does not exist.
+        format: "official", "diffusers" (the `transformer` folder of a pipeline), "orbax", or "torch", a `.pt` file like
+            Self-Forcing's, which has no settings.
         dtype: Dtype of the tensors; None keeps the parameters'.
-        max_shard_bytes: Splits larger weights into numbered shards; None writes one file.
-        few_step: Stores that the weights are distilled, so that `monarchrt generate` samples them in few steps.
-        trained: Stores how they were trained, whose sizes `monarchrt generate` takes where none are given.
-        progress: Called with name, bytes done and bytes in total after each tensor.
+        max_shard_bytes: Size above which weights are split into numbered shards; None writes one file.
+        few_step: Whether to store that the weights are distilled, so that `monarchrt generate` samples them in few
+            steps.
+        trained: Settings of the training to store, which `monarchrt generate` uses as defaults.
+        progress: Called after each tensor with its name, bytes written so far, and bytes in total.
 
     Returns:
-        The folder.
+        The folder, or the file for torch.
 
     Raises:
         ValueError: If the format is unknown or the folder is not empty.
@@ -112,26 +113,26 @@ def write_tensors(
     trained: settings.Trained | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes the weights of a model whose tensors, in torch's layout, `read` gives, and but for torch `config.json`.
+    """Writes the tensors of a model and, except for torch, its `config.json`.
 
     Args:
-        path: As `save_checkpoint`.
-        config: The model.
+        path: As in `save_checkpoint`.
+        config: Configuration of the model.
         format: "official", "diffusers" or "torch".
-        info: Shape and dtype of each.
-        read: Each tensor.
-        dtype: Dtype of what is written; None keeps it.
-        max_shard_bytes: As `save_checkpoint`.
-        few_step: As `save_checkpoint`.
-        trained: As `save_checkpoint`.
-        progress: As `save_checkpoint`.
+        info: Returns shape and dtype of a tensor.
+        read: Returns a tensor in torch's layout.
+        dtype: Dtype of the tensors written; None keeps it.
+        max_shard_bytes: As in `save_checkpoint`.
+        few_step: As in `save_checkpoint`.
+        trained: As in `save_checkpoint`.
+        progress: As in `save_checkpoint`.
 
     Returns:
-        The folder.
+        The folder, or the file for torch.
 
     Raises:
-        ValueError: If the folder is not empty or the dtype is not a float; a file is there already, or its model could
-            not be told of its tensors.
+        ValueError: If the folder is not empty or the file exists, the dtype is not a float, or, for torch, the
+            configuration cannot be read from the tensors.
     """
     cast = None if dtype is None else _float_dtype(dtype)
     if format == "torch":
@@ -172,7 +173,7 @@ def _write_file(
     few_step: bool,
     progress: Progress | None,
 ) -> Path:
-    """Writes a `.pt` file with the names of Self-Forcing's: of a model of few steps as its averaged generator."""
+    """Writes a `.pt` file with the names of Self-Forcing: a distilled model is stored as the averaged generator."""
     if path.exists():
         raise ValueError(f"path={str(path)!r} exists; name a new file.")
     if config.head_dim != settings.HEAD_DIM:

@@ -1,4 +1,4 @@
-"""What a diffusers pipeline's `scheduler_config.json` says about sampling."""
+"""Sampling settings from the `scheduler_config.json` of a diffusers pipeline."""
 
 import dataclasses
 import math
@@ -9,19 +9,19 @@ from monarchrt.models.checkpoints.json_files import read_json
 
 NAME = "scheduler_config.json"
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-# diffusers' class: our sampler, the field that holds the shift, and what makes it one of flow matching
+# diffusers' class: our sampler, the field of the shift, and fields that are required for flow matching
 CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "UniPCMultistepScheduler": ("unipc", "flow_shift", FLOW),
     "DPMSolverMultistepScheduler": ("dpm++", "flow_shift", FLOW),
     "FlowMatchEulerDiscreteScheduler": ("euler", "shift", {}),
 }
-# Other noise levels than the shifted ones, which we have not.
+# options for other noise levels than shifted ones, which are not supported
 OFF = ("thresholding", "use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerSettings:
-    """How a pipeline in diffusers' format is sampled by default.
+    """Default sampling settings of a pipeline in diffusers' format.
 
     Attributes:
         path: The `scheduler_config.json`.
@@ -54,8 +54,8 @@ def scheduler_settings(folder: str | Path) -> SchedulerSettings | None:
         The settings, or None if there is no such file.
 
     Raises:
-        ValueError: If the file cannot be read, or its class or its settings are not those of a flow matching sampler
-            that we have.
+        ValueError: If the file cannot be read, or its class or settings are not those of a supported flow matching
+            sampler.
     """
     folder = Path(folder)
     beside = [folder.parent / "scheduler"] if (folder.parent / "model_index.json").is_file() else []

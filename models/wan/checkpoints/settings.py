@@ -1,4 +1,4 @@
-"""`config.json` of the official and the diffusers format to and from `WanConfig`, and its attention beside it."""
+"""Conversion between `WanConfig` and `config.json` in the official and diffusers formats, with our own settings."""
 
 import dataclasses
 import json
@@ -16,10 +16,10 @@ from monarchrt.models.wan.config import WanConfig
 OFFICIAL_CLASSES = ("WanModel", "CausalWanModel")
 DIFFUSERS_CLASS = "WanTransformer3DModel"
 OWN_KEY = "monarch"
-HEAD_DIM = 128  # of every released Wan model; heads cannot be told from the tensors
-MAX_SIZE = 2**20  # of any size in a config.json, and `MAX_LAYERS` of layers: what is made of them is held in memory
-MAX_LAYERS = 1000
-# model_type of official files that are other models
+HEAD_DIM = 128  # channels of a head in every released Wan model; tensors do not determine the heads
+MAX_SIZE = 2**20  # limit on sizes in a config.json, since memory depends on them
+MAX_LAYERS = 1000  # limit on layers
+# values of model_type in official files of other models
 OTHER_TYPES = {
     "ti2v": "Wan 2.2 TI2V-5B",
     "flf2v": "Wan 2.1 FLF2V (first and last frame)",
@@ -27,7 +27,7 @@ OTHER_TYPES = {
     "s2v": "Wan 2.2 S2V",
     "animate": "Wan 2.2 Animate",
 }
-# our field: official name, diffusers name
+# our field: official name, diffusers' name
 SIZES = {
     "eps": ("eps", "eps"),
     "ffn_dim": ("ffn_dim", "ffn_dim"),
@@ -40,9 +40,9 @@ SIZES = {
     "text_len": ("text_len", "text_len"),
     "patch_size": ("patch_size", "patch_size"),
 }
-# Fields of the official class that its config.json leaves out while they have these values.
+# fields that the official config.json omits if they have these values
 OFFICIAL_UNWRITTEN = {"text_dim": 4096, "patch_size": (1, 2, 2)}
-# What our model does not have a switch for: names and the values that it is.
+# options that our model does not have: names and supported values
 FIXED = {
     "official": {"qk_norm": (True,), "cross_attn_norm": (True,), "window_size": ([-1, -1],)},
     "diffusers": {
@@ -56,7 +56,7 @@ FIXED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-    """How weights were trained, as far as it matters for sampling them; stored beside them.
+    """Settings of the training that matter for sampling, stored with the weights.
 
     Attributes:
         latents: Shape (F, h, w) of a training sample.
@@ -75,21 +75,21 @@ class Trained:
 
     @property
     def rolling(self) -> str:
-        """The window in words; empty: there was none."""
+        """Description of the window; empty without one."""
         if self.window is None:
             return ""
         return f"window {self.window}" + (f" with {self.sink_frames} sink frames" if self.sink_frames else "")
 
 
 def trained_from_json(data: dict[str, Any] | None, *, where: str) -> Trained | None:
-    """What `own_to_json` stored of the training; None if nothing.
+    """Reads the settings of the training that `own_to_json` stored; None if there are none.
 
     Examples:
         >>> trained_from_json({"trained": {"latents": [21, 60, 104], "shift": 5.0}}, where="config.json")
         Trained(latents=(21, 60, 104), shift=5.0, steps=None, window=None, sink_frames=None)
 
     Raises:
-        ValueError: If it cannot be understood.
+        ValueError: If they are invalid.
     """
     stored = None if data is None else data.get("trained")
     if stored is None:
@@ -115,14 +115,14 @@ def trained_from_json(data: dict[str, Any] | None, *, where: str) -> Trained | N
 
 
 def _falling(steps: object) -> bool:
-    """Whether a JSON value is a list of a student's steps, from at most 1000 down to at least 1."""
+    """Whether a JSON value is a decreasing list of integer steps from 1000 to 1."""
     if not isinstance(steps, list) or not steps or any(type(step) is not int for step in steps):
         return False
     return steps == sorted(set(steps), reverse=True) and steps[0] <= 1000 and steps[-1] > 0
 
 
 def describes_model(data: dict[str, Any]) -> bool:
-    """Whether a `config.json` says anything about a network: a class, or sizes under one of the two names.
+    """Whether a `config.json` describes a network: it has a class, sizes in either format, or our own settings.
 
     Examples:
         >>> describes_model({}), describes_model({"_class_name": "WanModel"}), describes_model({"in_dim": 16})
@@ -132,17 +132,17 @@ def describes_model(data: dict[str, Any]) -> bool:
 
 
 def config_from_json(data: dict[str, Any], *, where: str) -> tuple[WanConfig, Naming]:
-    """The model of an official or a diffusers `config.json`.
+    """Reads an official or a diffusers `config.json`.
 
     Args:
-        data: The file's content.
-        where: Its path, for errors.
+        data: Content of the file.
+        where: Path of the file, for errors.
 
     Returns:
-        The configuration and the naming that goes with it.
+        The configuration, and the naming of the format.
 
     Raises:
-        ValueError: If the class is another model's, a size is missing, or a feature is on that we do not have.
+        ValueError: If it describes another model, a size is missing, or an option has an unsupported value.
     """
     kind = data.get("_class_name")
     naming: Naming
@@ -168,7 +168,7 @@ def config_from_json(data: dict[str, Any], *, where: str) -> tuple[WanConfig, Na
         if name in data:
             fields[field] = data[name]
         elif field in ("text_len", "eps", "text_dim", "patch_size", "freq_dim"):
-            continue  # the classes' own default is ours
+            continue  # our default is that of the classes
         else:
             raise ValueError(f"{where} lacks {name!r}.")
     if naming == "official":
@@ -192,13 +192,13 @@ def config_from_json(data: dict[str, Any], *, where: str) -> tuple[WanConfig, Na
 def config_to_json(
     config: WanConfig, naming: Naming, *, few_step: bool = False, trained: Trained | None = None
 ) -> dict[str, Any]:
-    """What `config_from_json` reads; the official form is that of the released files, byte for byte when dumped.
+    """The inverse of `config_from_json`; the official form equals the released files, byte for byte when dumped.
 
     Args:
-        config: The model.
-        naming: Which format.
+        config: Configuration of the model.
+        naming: The format, "official" or "diffusers".
         few_step: Whether the weights are distilled.
-        trained: How they were trained.
+        trained: Settings of the training.
 
     Returns:
         The content of `config.json`.
@@ -231,12 +231,12 @@ def config_to_json(
 
 
 def dump_json(data: dict[str, Any]) -> str:
-    """Text of a `config.json`."""
+    """The text of a `config.json`."""
     return json.dumps(data, indent=2) + "\n"
 
 
 def attention_to_json(config: WanConfig) -> dict[str, Any] | None:
-    """The attention that the weights are for; None if it is what files that say nothing are taken to be for."""
+    """The attention to store with the weights; None if it is the default for files without one."""
     if config.causal_block is None and set(_layers(config)) == {exact()}:
         return None
     first = {"independent_first_frame": True} if config.causal_block and config.independent_first_frame else {}
@@ -244,7 +244,7 @@ def attention_to_json(config: WanConfig) -> dict[str, Any] | None:
 
 
 def _layers(config: WanConfig) -> list[Attention]:
-    """The setting of each layer, as it is stored: without what says how it is computed."""
+    """The stored setting of each layer, without fields that select an implementation."""
     return [setting.stored() for setting in config.layer_attention]
 
 
@@ -256,7 +256,7 @@ def _stored_text(config: WanConfig) -> str:
 
 
 def own_to_json(config: WanConfig, *, few_step: bool, trained: Trained | None = None) -> dict[str, Any] | None:
-    """What is stored beside the sizes: `attention_to_json`, whether the weights are of few steps, how they trained."""
+    """Our own settings in a `config.json`: attention, whether the weights are distilled, settings of the training."""
     own = attention_to_json(config)
     more: dict[str, Any] = {"few_step": True} if few_step else {}
     known = {} if trained is None else {k: v for k, v in dataclasses.asdict(trained).items() if v is not None}
@@ -266,12 +266,12 @@ def own_to_json(config: WanConfig, *, few_step: bool, trained: Trained | None = 
 
 
 def few_step_from_json(data: dict[str, Any] | None) -> bool:
-    """Whether `own_to_json` stored that the weights are distilled; a dictionary that `attention_from_json` took."""
+    """Whether `own_to_json` stored that the weights are distilled."""
     return data is not None and data.get("few_step") is True
 
 
 def describe_sampling(few_step: bool, trained: Trained | None) -> str:
-    """How weights are to be sampled: the steps of a model of few, the window of a causal one.
+    """Description of the sampling of weights: the steps of a few-step model, the window of a causal one.
 
     Examples:
         >>> describe_sampling(True, Trained(steps=(1000, 757, 522), window=21, sink_frames=3))
@@ -284,10 +284,10 @@ def describe_sampling(few_step: bool, trained: Trained | None) -> str:
 
 
 def attention_from_json(data: dict[str, Any] | None, *, where: str) -> dict[str, Any]:
-    """Fields `attention`, `causal_block` and `independent_first_frame` of `WanConfig`, {} if nothing is stored.
+    """Fields `attention`, `causal_block` and `independent_first_frame` of `WanConfig`; {} if nothing is stored.
 
     Raises:
-        ValueError: If the stored settings cannot be understood.
+        ValueError: If the stored settings are invalid.
     """
     if data is None:
         return {}
@@ -300,7 +300,7 @@ def attention_from_json(data: dict[str, Any] | None, *, where: str) -> dict[str,
 
 
 def describe_attention(config: WanConfig) -> str:
-    """The attention in its notation: what travels with the weights."""
+    """Description of the attention that is stored with the weights, in its notation."""
     if not config.causal_block:
         return _stored_text(config)
     first = " after the first frame" if config.independent_first_frame else ""
@@ -308,18 +308,18 @@ def describe_attention(config: WanConfig) -> str:
 
 
 def config_from_shapes(infos: dict[str, TensorInfo], names: dict[str, str], *, num_heads: int | None) -> WanConfig:
-    """The model that tensors without a `config.json` belong to.
+    """The configuration of a model without `config.json`, from the shapes of its tensors.
 
     Args:
         infos: Shape and dtype by official name.
-        names: Official name to name in the file, for errors.
-        num_heads: Heads; None: they are of 128 channels.
+        names: Name in the file by official name, for errors.
+        num_heads: Number of heads; None: heads have 128 channels.
 
     Returns:
-        The configuration; `eps` and `text_len` are the released models'.
+        The configuration; `eps` and `text_len` are those of the released models.
 
     Raises:
-        ValueError: If a tensor that sizes are read from is missing.
+        ValueError: If a tensor that determines a size is missing or has an unexpected shape.
     """
 
     def shape(name: str) -> tuple[int, ...]:
@@ -335,7 +335,7 @@ def config_from_shapes(infos: dict[str, TensorInfo], names: dict[str, str], *, n
             f"dim={dim} is not a multiple of {HEAD_DIM}, the released models' head size, so the heads cannot be told; "
             f"give num_heads or head_dim, or write them down: monarchrt convert CHECKPOINT NEW --num-heads N."
         )
-    # as many as there are: a number that is left out is then a missing or an unexpected tensor
+    # the number of layers is that of distinct indices, so that a gap shows as missing and unexpected tensors
     layers = len({name.split(".")[1] for name in infos if name.startswith("blocks.")})
     i2v = "img_emb.proj.0.weight" in infos
     patch = (patch_size[0], patch_size[1], patch_size[2])
@@ -359,6 +359,6 @@ def _missing(where: str, name: str):
 
 
 def same_attention(a: WanConfig, b: WanConfig) -> bool:
-    """Whether weights of one serve the other: all but how the attention is computed agrees."""
+    """Whether the attention of both is the same, apart from fields that select an implementation."""
     blocks = ((x.causal_block, x.independent_first_frame and x.causal_block is not None) for x in (a, b))
     return _layers(a) == _layers(b) and next(blocks) == next(blocks)

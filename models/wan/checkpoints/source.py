@@ -1,4 +1,4 @@
-"""Finding out what a path holds: format, names, settings, and what is missing or wrong."""
+"""Opening of checkpoints: their format, names, settings, and missing or wrong tensors."""
 
 import dataclasses
 import re
@@ -19,10 +19,10 @@ from monarchrt.models.wan.checkpoints.mapping import Naming, Tensor, parameter_s
 from monarchrt.models.wan.checkpoints.scheduler import SchedulerSettings, scheduler_settings
 from monarchrt.models.wan.config import WanConfig
 
-# Self-Forcing's files: the averaged generator is what it evaluates.
+# sets in Self-Forcing's files; it evaluates the averaged generator
 PREFERENCE = ("generator_ema", "generator", "model")
-DISTILLED = "generator"  # what the names of Self-Forcing's sets of distilled weights begin with
-ANCHORS = ("patch_embedding.weight",)  # in the official and in diffusers' format
+DISTILLED = "generator"  # prefix of the names of Self-Forcing's sets of distilled weights
+ANCHORS = ("patch_embedding.weight",)  # the name in both the official and diffusers' format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +30,18 @@ class Source:
     """An opened checkpoint.
 
     Attributes:
-        path: Folder or file that the weights are in.
-        format: What wrote it.
-        naming: Whose names the tensors have, after `prefixes` are stripped.
-        config: The model that its `config.json`, or else its tensors, describe.
+        path: Folder or file of the weights.
+        format: Format of the checkpoint.
+        naming: Naming of the tensors, without prefixes.
+        config: Configuration of the model, from its `config.json` or else from its tensors.
         config_path: The `config.json`, if there is one.
-        names: Official or diffusers name to the name in the file.
+        names: Name in the file by official or diffusers' name.
         file: The tensors.
-        weights: Which set of tensors of a `.pt` file is used, "" where there is one only.
+        weights: The set of tensors in a `.pt` file; "" if there is only one.
         sets: All sets of a `.pt` file.
-        few_step: Whether the weights are distilled, to be sampled in few steps: Self-Forcing's generators, and what was
-            made of them.
-        trained: How they were trained, if that is stored with them.
+        few_step: Whether the weights are distilled, to be sampled in few steps: Self-Forcing's generators, and
+            checkpoints made from them.
+        trained: Settings of the training, if stored.
     """
 
     path: Path
@@ -58,16 +58,16 @@ class Source:
     _checked: list[bool] = dataclasses.field(default_factory=list, repr=False, compare=False)
 
     def info(self, tensor: Tensor) -> TensorInfo:
-        """Shape and dtype of a tensor that is there."""
+        """Shape and dtype of a tensor in the file."""
         return self.file.infos[self.names[tensor.name(self.naming)]]
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """A tensor in the checkpoint's own layout; ValueError if it has a number that is NaN or infinite."""
+        """Reads a tensor in the checkpoint's own layout; raises ValueError if it has NaN or infinite values."""
         name = self.names[tensor.name(self.naming)]
         return check_finite(self.file.read(name), name, self.path)
 
     def entries(self) -> list[Entry]:
-        """Every tensor of `config` under its name in the file, or the format's own if it is not there."""
+        """Every tensor of `config` with its name in the file, or in the format if the file lacks it."""
         return [
             Entry(tensor.path, tensor.layer, {self.naming: self.names.get(name, name)}, tensor.layout)
             for tensor in tensors(self.config)
@@ -76,26 +76,26 @@ class Source:
 
     @property
     def scheduler(self) -> SchedulerSettings | None:
-        """What the `scheduler_config.json` of its pipeline says; None if it is in none, or the weights are distilled.
+        """Settings from its pipeline's `scheduler_config.json`; None without one, or if the weights are distilled.
 
         Raises:
-            ValueError: If that file cannot be read, or is of a scheduler that we have not.
+            ValueError: If the file cannot be read, or its scheduler is not supported.
         """
         return None if self.few_step else scheduler_settings(self.path)
 
     def problems(self) -> Problems:
-        """Names that are missing, names that are unexpected, and sentences about wrong tensors."""
+        """Missing names, unexpected names, and sentences about wrong tensors."""
         return find_problems(
             self.file, self.entries(), parameter_shapes(self.config), naming=self.naming, ignore=self._elsewhere
         )
 
     @property
     def _elsewhere(self) -> set[str]:
-        """Tensors of other parts of a pipeline in one file, which are left alone."""
+        """Tensors of other parts of a pipeline in the same file, which are ignored."""
         return self.file.infos.keys() - self.names.values()
 
     def check(self) -> None:
-        """Raises ValueError unless every tensor of `config` is there, in its shape, and no other; looks once."""
+        """Raises ValueError unless the file has exactly the tensors of `config`; checks only once."""
         if self._checked:
             return
         shapes = parameter_shapes(self.config)
@@ -125,18 +125,18 @@ def open_source(
     Args:
         path: A folder of the official or the diffusers format (or a pipeline's, with `transformer/`), a safetensors
             file or its index, a `.pt` file, or a Hugging Face repository `owner/name` if no such path exists.
-        config: The model's sizes, for files without `config.json` whose heads are not of 128 channels.
-        weights: Set of tensors of a `.pt` file: "generator_ema", "generator", "critic", "model". None takes the first
-            of the first two and the last that is there.
+        config: Sizes of the model, for files without `config.json` whose heads do not have 128 channels.
+        weights: Set of tensors in a `.pt` file, such as "generator_ema", "generator", "critic" or "model". None: the
+            first of "generator_ema", "generator" and "model" that exists.
         revision: Revision of a Hugging Face repository.
-        num_heads: Attention heads, for files without `config.json` whose heads are not of 128 channels.
+        num_heads: Number of attention heads, for files without `config.json` whose heads do not have 128 channels.
         head_dim: Channels of a head, likewise.
 
     Returns:
         The opened checkpoint.
 
     Raises:
-        ValueError: If there is nothing that can be read, with the reason, or the heads are others than it says.
+        ValueError: If it cannot be read, which the message explains, or has other heads than given.
     """
     heads = Heads(num_heads, head_dim)
     place = locate(path, revision)
@@ -148,7 +148,7 @@ def open_source(
     naming = _naming(place.path, names)
     folder = place.file.parent
     config_path, data = folder / "config.json", {}
-    # A .pt file beside a config.json is not necessarily described by it.
+    # a config.json beside a .pt file need not describe it
     if config_path.is_file() and (place.format != "torch" or place.path.is_dir()):
         data = read_json(config_path)
     if settings.describes_model(data):
@@ -170,13 +170,13 @@ def open_source(
 
 
 class Heads(NamedTuple):
-    """What a caller says of the attention heads, which tensors do not tell; None: nothing."""
+    """Attention heads given by the caller, since tensors do not determine them; None if not given."""
 
     number: int | None = None
     channels: int | None = None
 
     def of(self, dim: int, config: WanConfig | None) -> int | None:
-        """Their number in a network of width `dim`; None if nothing is said."""
+        """Their number in a network with `dim` channels; None if nothing is given."""
         numbers = [n for n in range(1, dim // 6 + 1) if not dim % n and not dim // n % 2]
         sizes = [dim // n for n in reversed(numbers)]
         for name, value, good in (("num_heads", self.number, numbers), ("head_dim", self.channels, sizes)):
@@ -188,7 +188,7 @@ class Heads(NamedTuple):
         return config.num_heads if self.number is None and config is not None else self.number
 
     def checked(self, source: Source) -> Source:
-        """The source, if its heads are those."""
+        """Returns the source; raises ValueError if it has other heads."""
         sizes = source.config
         for name, value, there in (
             ("num_heads", self.number, sizes.num_heads),
@@ -203,7 +203,7 @@ class Heads(NamedTuple):
 
 
 def _open_orbax(place: Place) -> Source:
-    """The checkpoint that `save_orbax` wrote."""
+    """Opens a checkpoint written by `save_orbax`."""
     from monarchrt.models.wan.checkpoints.orbax import OrbaxFile
 
     config_path = place.path / "config.json"
@@ -229,7 +229,7 @@ def _describe(
     own: dict[str, Any] | None,
     heads: Heads,
 ) -> WanConfig:
-    """The configuration read off the tensors' shapes."""
+    """The configuration, read from the shapes of tensors."""
     official = names
     if naming == "diffusers":
         layers = len({match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))})
@@ -245,7 +245,7 @@ def _describe(
 
 
 def _naming(path: Path, names: dict[str, str]) -> Naming:
-    """Whose names a Wan transformer's tensors have; ValueError, which names what it is, for anything else."""
+    """The naming of a Wan transformer's tensors; raises ValueError, which names the kind of file, for other models."""
     if (kind := what_has(names, QUANTIZED, LORA, RELATIVES)) is not None:
         what, examples = kind
         raise ValueError(f"{path} is {what}: it holds {some(examples, 2)}; {SUPPORTED}.")
@@ -259,7 +259,7 @@ def _naming(path: Path, names: dict[str, str]) -> Naming:
 
 
 def _refuse_relative(path: Path, config: WanConfig) -> None:
-    """Raises ValueError for models that have Wan 2.1's tensors and other channels."""
+    """Raises ValueError for other models that have Wan 2.1's tensors but different channels."""
     channels = config.in_channels, config.out_channels
     what = None
     if channels == (48, 48) and config.dim == 3072:
