@@ -280,7 +280,7 @@ class LeftBackwardConfig:
         query, factors = self.depth(rows) * dim * 2, self.warpgroups * 2 * width * ROWS * 2
         barriers = 2 + self.warpgroups + 2 * self.stages
         numbers = (3 * keys * 4, 2 * width * 4)
-        return _block_bytes(query + 2 * keys * dim * 2, factors, *numbers, barriers=barriers, reductions=REDUCTIONS)
+        return block_bytes(query + 2 * keys * dim * 2, factors, *numbers, barriers=barriers, reductions=REDUCTIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
