@@ -14,13 +14,14 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 DISTRIBUTION = "monarchrt"
 EXTRA = "cuda"
+PLUGIN = "jax-cuda13-plugin"  # by which JAX uses NVIDIA GPUs
 LEAST_DRIVER = 580  # oldest major version of the driver for CUDA 13
 ANYWHERE = ("xla", "reference")  # implementations that run on every device
 LEAST_FREE = 5e9  # free bytes, enough for a compile cache and a few checkpoints of a small run
@@ -102,19 +103,29 @@ def versions() -> list[Finding]:
             findings.append(_version(requirement, f"pip install '{DISTRIBUTION}'"))
         elif requirement.marker.evaluate({"extra": EXTRA}) and not requirement.marker.evaluate({"extra": ""}):
             install = f"pip install '{DISTRIBUTION}[{EXTRA}]', for NVIDIA GPUs only"
-            findings.append(_version(requirement, install, optional=True))
+            finding = _version(requirement, install, optional=True)
+            judged = finding.found == "not installed" or _installed(PLUGIN)  # without it, any jaxlib is right
+            findings.append(finding if judged else replace(finding, advice=None))
     return findings
 
 
+def _installed(name: str) -> bool:
+    """Whether there is any version of a package."""
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def _version(requirement: Requirement, install: str, *, optional: bool = False) -> Finding:
-    """Checks the version of a package, or for `jax[cuda13]` that of the plugin which the extra installs.
+    """Checks the version of a package.
 
     Args:
         requirement: The package and its supported versions.
         install: Advice on how to install it.
         optional: Whether the package may be missing.
     """
-    name = f"{requirement.name}-cuda13-plugin" if "cuda13" in requirement.extras else requirement.name
+    name = requirement.name
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -41,5 +41,6 @@ FILES = (
     Fault("train/cli/parsing.py", "groups[number + 1 :]", "groups[:number]", REPEATED, "are_joined"),
     Fault("train/cli/parsing.py", 'name != "lora" and len(groups) > 1', "False", REPEATED, "given_twice"),
     Fault("train/cli/doctor.py", " and not finding.optional", "", DOCTOR, "to_be_mended"),
+    Fault("train/doctor.py", '"not installed" or _installed(PLUGIN)', '"not installed" or True', DOCTOR, "its_parts"),
     Fault("models/lora/layers.py", "pair * (owner.alpha / owner.rank)", "pair", LORA, "folded_is"),
 )

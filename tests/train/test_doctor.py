@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def test_a_machine_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "driver", lambda: doctor.Finding(name="NVIDIA driver", found="none"))
     assert cli.main(["doctor", *SMALL]) == 0
     out = capsys.readouterr().out
-    assert "jax                   0.11" in out
+    assert f"jax                   {importlib.metadata.version('jax')}" in out
     assert "(cpu)" in out
     assert "attention on grid (2, 4, 6), tile (1, 4, 6), 1 heads of 16, bfloat16: xla" in out
     assert "triton                not supported: it needs an NVIDIA GPU, where it would support the call" in out
@@ -47,6 +48,32 @@ def test_what_is_to_be_mended_is_marked_and_counts(capsys, monkeypatch):
     assert "! optax                 0.0.1  (needs >=0.2.8" in out
     assert "  triton                not installed  (pip install 'monarchrt[cuda]', for NVIDIA GPUs only)" in out
     assert "2 thing(s) to fix" in out
+
+
+@pytest.mark.parametrize(
+    ("versions", "wrong"),
+    [
+        ({"jax": "0.12.0.1", "jaxlib": "0.12.0.1"}, []),  # on CPUs
+        ({"jax": "0.12.0.1", "jaxlib": "0.11.2", "jax-cuda13-plugin": "0.11.2"}, []),
+        (dict.fromkeys(("jax", "jaxlib", "jax-cuda13-plugin"), "0.12.0.1"), ["jaxlib", "jax-cuda13-plugin"]),
+        ({"jax": "0.13.0", "jaxlib": "0.13.0"}, ["jax"]),
+    ],
+)
+def test_versions_of_jax_and_its_parts(monkeypatch, versions, wrong):
+    """By what pyproject.toml asks for; without a CUDA plugin any jaxlib is right."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = [f"{text}; extra == 'cuda'" for text in project["optional-dependencies"]["cuda"]]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: project["dependencies"] + extra)
+
+    def installed(name):
+        if name in versions:
+            return versions[name]
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    findings = [x for x in doctor.versions() if x.name in versions and x.advice]
+    assert [x.name for x in findings] == wrong
+    assert all("needs" in there(x.advice) for x in findings)
 
 
 @pytest.mark.parametrize(
