@@ -192,6 +192,7 @@ class TestChoice:
         [
             (9.0, {}, "mosaic"),
             (9.0, {"heads": 2}, "triton"),
+            (9.0, {"dtype": jnp.float16}, "triton"),
             (9.0, {"size": 64}, "triton"),
             (9.0, {"even": False}, "triton"),
             (8.0, {}, "triton"),
@@ -204,9 +205,9 @@ class TestChoice:
         pytest.importorskip("jax_triton")
         monkeypatch.setattr(devices, "cuda_capability", lambda: capability)
         monkeypatch.setattr(block_sparse, "cuda_capability", lambda: capability)
-        heads = mask.get("heads", 1)
-        mask = self.mask(**{name: x for name, x in mask.items() if name != "heads"})
-        x: Any = jax.ShapeDtypeStruct((1, int(mask.key_starts[..., -1].max()), heads, 128), jnp.bfloat16)
+        heads, dtype = mask.get("heads", 1), mask.get("dtype", jnp.bfloat16)
+        mask = self.mask(**{name: x for name, x in mask.items() if name not in ("heads", "dtype")})
+        x: Any = jax.ShapeDtypeStruct((1, int(mask.key_starts[..., -1].max()), heads, 128), dtype)
         assert choose(None, x, x, mask) == expected
 
 
