@@ -51,7 +51,7 @@ def test_a_finished_run(baseline, inspect):
     assert said["run"] == "30 steps of 2 samples, seed 0, fp32"
     assert "convert" not in said  # of pixels, no VAE decodes what a model of it makes
     assert said["generate"].startswith(f"monarchrt generate --checkpoint {baseline}    generates 3 frames of 16 x 32")
-    assert said["generate"].endswith(", of the moving average of its weights")
+    assert said["generate"].endswith(", with the moving average of its weights")
     assert int(said["parameters"].replace(",", "")) > 1000
     assert contents(baseline) == before
 
