@@ -1,7 +1,7 @@
-"""Tiled Monarch attention as Mosaic GPU kernels, a backend of `monarch_jax`: knows tiles, never grids or layouts.
+"""Mosaic GPU kernels for tiled Monarch attention, a backend of `monarch_jax` that works on tiles, not grids or layouts.
 
-The kernels are built for Hopper (sm_90a): TMA, wgmma, warp-specialised persistent blocks. They can be lowered and
-compiled for CUDA on a machine without a card. Sizes measured on a card (`tuning`) come before those of `config`.
+The kernels are for Hopper (sm_90a): TMA, wgmma, warp-specialised persistent blocks. They can be lowered and compiled
+for CUDA on a machine without a GPU. Sizes measured on a GPU (`tuning`) take precedence over those of `config`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,12 @@ HEAD_DIMS = (64, 128)
 def supports(
     problem: "Problem", q: "jax.ShapeDtypeStruct | jax.Array", k: "jax.ShapeDtypeStruct | jax.Array"
 ) -> str | None:
-    """Why the kernels cannot serve a call where JAX runs by default, or None when they can; no GPU is taken for Hopper.
+    """The reason why the kernels do not support a call on the default device, or None; without a GPU, as on Hopper.
 
     Args:
         problem: `monarch_jax.contract.Problem`.
-        q: Query tiles [B, A, b1, b2, H, D], shape and dtype.
-        k: Key tiles [B, C, b1, b2, H, D], shape and dtype.
+        q: Shape [B, A, b1, b2, H, D] and dtype of the query tiles.
+        k: Shape [B, C, b1, b2, H, D] and dtype of the key tiles.
 
     Returns:
         The reason, or None.
@@ -69,8 +69,8 @@ def forward(
         problem: `monarch_jax.contract.Problem`, one that `supports` accepts.
         q: [B, A, b1, b2, H, D], bfloat16 or float16.
         k: [B, C, b1, b2, H, D].
-        v: As k.
-        visible: int32 [A], how many leading key tiles a query tile sees; may be traced.
+        v: As `k`.
+        visible: int32 [A], number of leading key tiles that each query tile sees; may be traced.
         pairs: Kernels between two refinement steps, for more than one: `triton_kernels.pairs.Pairs`.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Tiled Monarch attention as Triton kernels, a backend of `monarch_jax`: knows tiles, never grids or layouts.
+"""Triton kernels for tiled Monarch attention, a backend of `monarch_jax` that works on tiles, not grids or layouts.
 
-The contract is `monarch_jax.contract`: `supports`, `forward` and `vjp` on arrays [B, A, b1, b2, H, D]. Triton
-and jax-triton are imported at the first call only.
+The interface is `monarch_jax.contract`: `supports`, `forward` and `vjp` on arrays [B, A, b1, b2, H, D]. Triton and
+jax-triton are imported at the first call.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ LEAST_BLOCK = 4
 
 
 def missing_packages() -> str | None:
-    """Which packages the kernels need and do not find, as a reason not to take a call; None: all are there."""
+    """Names the packages that the kernels need and that are not installed, as a sentence; None if all are."""
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if missing:
         names, verb = " and ".join(missing).replace("_", "-"), "is" if len(missing) == 1 else "are"
@@ -32,15 +32,15 @@ def missing_packages() -> str | None:
 
 
 def supports(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
-    """Why the kernels cannot serve a call, or None when they can; asks no device.
+    """The reason why the kernels do not support a call, or None if they do; does not depend on the device.
 
     Args:
         problem: `monarch_jax.contract.Problem`.
-        q: Query tiles [B, A, b1, b2, H, D], shape and dtype.
-        k: Key tiles [B, C, b1, b2, H, D], shape and dtype.
+        q: Shape [B, A, b1, b2, H, D] and dtype of the query tiles.
+        k: Shape [B, C, b1, b2, H, D] and dtype of the key tiles.
 
     Returns:
-        The reason with what to do instead, or None.
+        The reason and an alternative, or None.
     """
     if reason := missing_packages():
         return reason
@@ -62,7 +62,7 @@ def supports(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruc
 
 
 def supports_vjp(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
-    """Why the kernels cannot compute the gradient of a call, or None when they can; arguments as in `supports`."""
+    """The reason why the kernels do not support the gradient of a call, or None; arguments are as in `supports`."""
     return supports(problem, q, k)
 
 
@@ -87,12 +87,12 @@ def forward(
 
 
 def vjp(problem: "Problem", residuals: "Residuals", d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients for any number of refinement steps (paper, A.2); the same bits in every run.
+    """Gradients for any number of refinement steps (paper, A.2); results are bitwise reproducible.
 
-    alpha, c_L, Y and R are computed again, of all steps for a chunk of query tiles and heads at a time.
+    alpha, c_L, Y and R of all steps are recomputed for one chunk of query tiles and heads at a time.
 
     Args:
-        problem: `monarch_jax.contract.Problem`; outside the last `grad_tiles` visible key tiles dk and dv are zero.
+        problem: `monarch_jax.contract.Problem`; dk and dv are zero outside the last `grad_tiles` visible key tiles.
         residuals: `monarch_jax.contract.Residuals`.
         d_out: [B, A, b1, b2, H, D].
 

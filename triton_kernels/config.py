@@ -1,4 +1,4 @@
-"""Block sizes, warps and stages of each kernel, and the device they are for; nothing is tuned while a user waits."""
+"""Block sizes, warps and stages of each kernel by device; nothing is tuned at run time."""
 
 import contextlib
 import contextvars
@@ -24,18 +24,18 @@ OPTIONAL = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How one kernel is launched.
+    """Launch parameters of one kernel.
 
     Attributes:
         rows: Rows of query side per block: (a, j) for the kernels of R, i for those of L. A power of two.
         keys: Key columns l (kernels of R) or key rows (c, k) (kernels of L) per block. A power of two.
         warps: Warps per program.
-        stages: Depth of the software pipeline over the loop.
-        split: Programs that share the loop (`right_forward`).
-        transposed: Scores with keys first (`left_backward`), better for few rows.
+        stages: Depth of the software pipeline of the loop.
+        split: Number of programs that share the loop (`right_forward`).
+        transposed: Whether scores have keys first (`left_backward`), which is faster for few rows.
         more_rows: Kernels of L: rows of a second part beside the first, so that 135 run as 128 + 16, not as 256.
         more_keys: Kernels of R: key columns of a second part, so that 80 run as 64 + 16, not as 128.
-        registers: Most registers per thread; None leaves it to the compiler. A stream has its own.
+        registers: Largest number of registers per thread; None leaves it to the compiler. A stream has its own.
         early: `sparse_key_backward`: the product with the values comes before the exponential.
         packed: `sparse_forward` without a band: blocks of fewer keys than others go in parts of so many, a power of two
             of them in one step. 0: a block at a time.
@@ -62,10 +62,10 @@ class Stream:
 
     Attributes:
         rows: Rows (a, j) of one (batch, head) pair per chunk.
-        tiles: Key tiles that one program of R goes through.
-        lag: How many chunks L is behind R.
-        slots: Chunks whose alpha and Y exist at a time, more than `lag`.
-        registers: Most registers per thread; None leaves it to the compiler.
+        tiles: Number of key tiles that one program of R processes.
+        lag: Number of chunks by which L is behind R.
+        slots: Number of chunks whose alpha and Y are in memory, more than `lag`.
+        registers: Largest number of registers per thread; None leaves it to the compiler.
     """
 
     rows: int
@@ -107,7 +107,7 @@ class Configs:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is compiled for: a compute capability such as 90, and the device's name where one is known."""
+    """The GPU to compile for: compute capability times 10, such as 90, and the device's name if known."""
 
     compute_capability: int
     device_kind: str | None = None
@@ -131,7 +131,7 @@ def holding[T](variable: contextvars.ContextVar[T], value: T) -> Iterator[None]:
 def compile_for(compute_capability: int, device_kind: str | None = None) -> Iterator[None]:
     """Traces for a given GPU instead of the local one, so that no device is needed.
 
-    Without it the first local GPU counts, and on a machine without one compute capability 90 (Hopper).
+    The default is the first local GPU, or compute capability 9.0 (Hopper) without one.
 
     Examples:
         >>> with compile_for(80):
@@ -139,8 +139,8 @@ def compile_for(compute_capability: int, device_kind: str | None = None) -> Iter
         80
 
     Args:
-        compute_capability: Major times 10 plus minor, for example 80, 89, 90, 100, 120.
-        device_kind: Name of the device, as `jax.Device.device_kind`, to use its tuned configs.
+        compute_capability: Compute capability times 10, for example 80, 89, 90, 100, 120.
+        device_kind: Name of the device, as in `jax.Device.device_kind`, to use its tuned configs.
 
     Yields:
         None.
@@ -150,7 +150,7 @@ def compile_for(compute_capability: int, device_kind: str | None = None) -> Iter
 
 
 def target() -> Target:
-    """The GPU that is traced for: that of `compile_for`, else the first local one, else Hopper."""
+    """The GPU to trace for: that of `compile_for`, else the first local one, else Hopper."""
     chosen = _TARGET.get()
     if chosen is not None:
         return chosen
@@ -161,16 +161,16 @@ def target() -> Target:
 
 
 def shape_key(*, b1: int, b2: int, dim: int, itemsize: int, few: bool = False) -> str:
-    """Key of a tuned entry: what block sizes depend on; `few` are fewer query tiles than key tiles (a KV cache)."""
+    """Key of a tuned entry; `few` for fewer query tiles than key tiles, as with a KV cache."""
     return f"b1={b1} b2={b2} dim={dim} itemsize={itemsize}" + " few" * few
 
 
 @contextlib.contextmanager
 def use(configs: Configs) -> Iterator[None]:
-    """Traces with these configs whatever the device and the shape; for tuning and tests.
+    """Traces with these configs, independently of device and shape; for tuning and tests.
 
     Args:
-        configs: What `configs` returns meanwhile.
+        configs: Result of the function `configs` inside the block.
 
     Yields:
         None.
@@ -180,9 +180,9 @@ def use(configs: Configs) -> Iterator[None]:
 
 
 def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int, few: bool = False) -> Configs:
-    """The tuned configs of a device for a shape, the user's before the shipped ones; else `heuristic`.
+    """The tuned configs of a device for a shape: the user's, else the shipped ones, else `heuristic`.
 
-    With `few`, what an entry for few query tiles says comes before the entry for the shape.
+    With `few`, settings of the entry for few query tiles take precedence over those of the entry for the shape.
     """
     chosen = _CONFIGS.get()
     if chosen is not None:
@@ -195,7 +195,7 @@ def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int, few: bo
 
 
 def tuned(where: Target, key: str) -> dict[str, Any]:
-    """What a device's files have under a key, the user's before the shipped one; empty if neither has it."""
+    """The entry of a key in the user's file of a device, or else in the shipped one; empty if neither has it."""
     return next((entries[key] for entries in (_read(user_file(where)), _shipped(where)) if key in entries), {})
 
 
@@ -226,20 +226,20 @@ def store(
     path.parent.mkdir(parents=True, exist_ok=True)
     key = shape_key(b1=b1, b2=b2, dim=dim, itemsize=itemsize, few=few)
     entries = _read(path) | {key: dataclasses.asdict(chosen)}
-    fresh = path.with_suffix(".new")  # a reader sees the old file or the new one, never half of it
+    fresh = path.with_suffix(".new")  # replaced atomically: readers see the old file or the new one
     fresh.write_text(json.dumps(entries, indent=1))
     fresh.replace(path)
     return path
 
 
 def user_file(where: Target) -> pathlib.Path:
-    """Where `tune` keeps the configs of a device: $XDG_CACHE_HOME/monarchrt/triton, by default ~/.cache."""
+    """The file in which `tune` stores configs of a device, in $XDG_CACHE_HOME/monarchrt/triton, by default ~/.cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(cache) / "monarchrt" / "triton" / f"{_name(where)}.json"
 
 
 def heuristic(where: Target, *, b1: int, b2: int, dim: int, itemsize: int) -> Configs:
-    """Configs that fit every supported card, from the shape alone."""
+    """Configs that every supported GPU can run, from the shape alone."""
     big = where.compute_capability in (80, 90, 100)  # 164 KB of shared memory or more; others have 99
     wide = itemsize * max(64, power_of_two(dim)) // 128  # 1: a row of 64 halves; 2: of 128 halves; 4: of 128 floats
     deep = 3 if big and wide <= 2 else 1 if wide > 2 else 2
@@ -262,7 +262,7 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 
 def _shipped(where: Target) -> dict:
-    """Entries of the device's file; other Hopper cards take the H200's, which has the same multiprocessors."""
+    """Entries of the device's shipped file; other Hopper GPUs use the H200's, which has the same multiprocessors."""
     folder = pathlib.Path(__file__).parent / "tuned"
     path = folder / f"{_name(where)}.json"
     return _read(path if path.is_file() or where.compute_capability != 90 else folder / "NVIDIA_H200.json")
