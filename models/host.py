@@ -21,5 +21,5 @@ def check_host(what: str) -> None:
             raise  # JAX found no CPU by itself, which is not the user's doing
         raise UserError(
             f"{what} takes arrays out of running programs through a CPU device, which JAX_PLATFORMS={platforms!r} "
-            f"leaves out; it could be {platforms},cpu."
+            f"excludes; use {platforms},cpu."
         ) from reason

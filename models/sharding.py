@@ -91,7 +91,16 @@ def mesh_axes(mesh: Mesh | AbstractMesh, name: Logical, size: int) -> tuple[str,
 
 
 def partition(mesh: Mesh | AbstractMesh, shape: Sequence[int], logical: Sequence[Logical]) -> PartitionSpec:
-    """The partition spec of an array with these logical axes; axes without a rule are not split."""
+    """The partition spec of an array.
+
+    Args:
+        mesh: The mesh.
+        shape: Shape of the array.
+        logical: Logical axis of each of its axes; None or a name without a rule is not split, `ANY` not constrained.
+
+    Returns:
+        The partition spec.
+    """
     entries: list[Any] = []
     for size, name in zip(shape, logical, strict=True):
         axes = mesh_axes(mesh, name, size)

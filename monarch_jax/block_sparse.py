@@ -137,10 +137,10 @@ def block_mask(
         if isinstance(x, np.ndarray):
             lengths = np.diff(x)
             if (x[..., 0] != 0).any() or (lengths < 0).any():
-                raise ValueError(f"{name} should begin with 0 and not fall: {x.ravel()[:4].tolist()} and so on.")
+                raise ValueError(f"{name} should begin with 0 and not decrease: {x.ravel()[:4].tolist()} and so on.")
             size = max(1, int(lengths.max()), size or 0)
         if size is None:
-            raise ValueError(f"{most_name} is needed where {name} is traced: how many tokens a block holds at most.")
+            raise ValueError(f"{most_name} is required if {name} is a JAX array: the tokens of the largest block.")
         starts.append(x.astype(np.int32))
         sizes.append(size)
     if (width is None) != (query_places is None) or (width is None) != (key_places is None):

@@ -353,7 +353,7 @@ class MonarchKVCache:
                 )
             causal_block = None  # all cached frames come before the block's end
         spec = dataclasses.replace(block, key_frames=self.capacity, num_iters=num_iters, causal_block=causal_block)
-        key, value = (on_mesh_of(x, query) for x in self._of(layer))
+        key, value = (on_mesh_of(x, query) for x in self._arrays(layer))
         (whole,) = whole_tokens(query, tiles=key)
         tiles, frames = (tokens_to_tiles(whole, spec), key, value), self.valid_frames
         options = {"scale": scale, "implementation": implementation, "grad_tiles": self._grad_tiles()}
@@ -417,7 +417,7 @@ class MonarchKVCache:
         Returns:
             Keys and values, each [B, capacity*h*w, H, D], in the order of the slots.
         """
-        key, value = self._of(layer)
+        key, value = self._arrays(layer)
         return tiles_to_tokens(key, self.spec), tiles_to_tokens(value, self.spec)
 
     def _place(
@@ -471,7 +471,7 @@ class MonarchKVCache:
         if first == length == -1:
             raise ValueError("frame=None: an earlier block had no place in the cache; begin again at frame=0.")
         if first < 0 or first % n_f:
-            raise ValueError(f"frame={first} is not a multiple of the tile's {n_f} frames from 0 on.")
+            raise ValueError(f"frame={first} is not a multiple of the tile's {n_f} frames of at least 0.")
         if end > self.capacity and not self.rolling:
             raise ValueError(
                 f"frame={first}: {frames} frames from there end past the cache's {self.capacity}; "
@@ -521,7 +521,7 @@ class MonarchKVCache:
         slot = jnp.where(newest < groups, newest, sinks + (newest - sinks) % (groups - sinks))
         return slot, jnp.minimum(newest, groups - 1)
 
-    def _of(self, layer) -> tuple[jax.Array, jax.Array]:
+    def _arrays(self, layer) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, tiles, b1, b2, H, D] of a layer, or of the cache if it has no layers."""
         self._check_layer(layer)
         if layer is None:

@@ -417,7 +417,7 @@ class Attention(abc.ABC):
         Returns:
             An array like `query`, in its dtype.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no attend_clip, which a kind must have.")
+        raise NotImplementedError(f"{type(self).__name__} does not define attend_clip, which every kind needs.")
 
     # Over a cache
 
@@ -501,8 +501,17 @@ class Attention(abc.ABC):
     ) -> Float[Array, "B n N N"]:
         """The attention map, the matrix that multiplies the values, for small inputs and plots.
 
-        It is the output for unit vectors as values, computed for head_dim of them at a time. Arguments are as in the
-        call; the result is [B, heads, N, N].
+        It is the output for unit vectors as values, computed for head_dim of them at a time.
+
+        Args:
+            query: As in the call.
+            key: As in the call.
+            grid: As in the call.
+            causal_block: As in the call.
+            context: As in the call.
+
+        Returns:
+            [B, heads, N, N], rows by query.
         """
         batch, tokens, heads, width = query.shape
         units = jnp.eye(tokens, -(-tokens // width) * width, dtype=query.dtype)
@@ -529,7 +538,7 @@ class Attention(abc.ABC):
 
 
 def zero_linear(inputs: int, outputs: int, sizes: Sizes, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer with bias, initialized to zero, so that adding its output does not change the model at first.
+    """A linear layer with bias, initialised to zero, so that adding its output does not change the model at first.
 
     Examples:
         >>> from monarchrt.models.wan import wan_config

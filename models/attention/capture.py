@@ -86,7 +86,7 @@ class _Probe(Attention):
         context: Context = NO_CONTEXT,
     ) -> Float[Array, "B N n d"]:
         """As the kind itself."""
-        self._hand_on(query, key, value, np.arange(grid[0]), context, grid=grid, causal_block=causal_block)
+        self._send_to_host(query, key, value, np.arange(grid[0]), context, grid=grid, causal_block=causal_block)
         return self.inner(query, key, value, grid=grid, causal_block=causal_block, context=context)
 
     def init_cache(self, shape: CacheShape) -> Any:
@@ -109,14 +109,14 @@ class _Probe(Attention):
         _, height, width = cache.spec.grid
         key, value = cache.tokens(layer=layer)
         grid = (query.shape[1] // (height * width), height, width)
-        self._hand_on(query, key, value, frames_of_slots(cache), context, grid=grid, causal_block=None)
+        self._send_to_host(query, key, value, frames_of_slots(cache), context, grid=grid, causal_block=None)
         return self.inner.attend_cache(cache, query, layer=layer, context=context)
 
     def density(self, grid: Grid, *, causal_block: int | None = None, steps: int | None = None) -> Density:
         """As the kind itself."""
         return self.inner.density(grid, causal_block=causal_block, steps=steps)
 
-    def _hand_on(self, query, key, value, key_frames, context: Context, *, grid: Grid, causal_block: int | None):
+    def _send_to_host(self, query, key, value, key_frames, context: Context, *, grid: Grid, causal_block: int | None):
         """Sends arrays to the host if the call is one of those to keep."""
         chosen, wanted = self.chosen, []
         step = None if context.step is None or jnp.ndim(context.step) else context.step  # one for the whole call
@@ -131,13 +131,13 @@ class _Probe(Attention):
         def keep(*arrays: Any) -> None:
             chosen.keep(*map(np.asarray, arrays), grid=grid, causal_block=causal_block, heads=heads)
 
-        def hand_on() -> None:
+        def send() -> None:
             jax.debug.callback(keep, *numbers, jnp.asarray(key_frames), *tensors)
 
         if not wanted:
-            hand_on()
+            send()
             return
-        lax.cond(jnp.stack(wanted).all(), hand_on, lambda: None)
+        lax.cond(jnp.stack(wanted).all(), send, lambda: None)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from monarch_jax.block_sparse import BlockMask, block_sparse_attention
 from monarch_jax.checks import one_of
 from monarch_jax.devices import on_cuda
 from monarchrt.models.attention.base import NOT_STORED
-from monarchrt.models.attention.masked import Keep, MaskedAttention, Places, masked_attention, say_exact
+from monarchrt.models.attention.masked import Keep, MaskedAttention, Places, masked_attention, warn_exact
 from monarchrt.models.sharding import BY_HEADS, on_each_device
 
 IMPLEMENTATIONS = ("exact", *block_sparse.IMPLEMENTATIONS)
@@ -96,7 +96,21 @@ class Blocks:
         implementation: str | None,
         stack: tuple[Array, Array, Array] | None = None,
     ) -> Array:
-        """Attention of tokens in their own order; keys and values may also be read in a stack, see `Places`."""
+        """Attention with this mask.
+
+        Args:
+            query: [B, Q, heads, head_dim], tokens in their own order.
+            key: [B, K, heads, head_dim], likewise.
+            value: As `key`.
+            implementation: As in `block_sparse_attention`.
+            stack: As in `Places`, for kernels that read keys and values in place.
+
+        Returns:
+            An array like `query`.
+
+        Raises:
+            NotImplementedError: If the requested implementation does not support this call.
+        """
         if stack is not None and self.keys is None and self.mask.width is None:
             query = query if self.queries is None else self.queries.apply(query)
             out = _attend_stack(query, key, value, self.mask, stack, implementation)
@@ -227,7 +241,7 @@ class ListedAttention(MaskedAttention):
             if why_not is None:
                 return blocks().attend(query, key, value, implementation=self.implementation, stack=places.stack)
             if why_not:
-                say_exact(self.name, why_not)
+                warn_exact(self.name, why_not)
         return masked_attention(query, key, value, keep=keep, visible=places.visible)
 
 

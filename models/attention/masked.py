@@ -342,7 +342,7 @@ def seen_frames(frames: int, causal_block: int | None) -> np.ndarray:
     return np.minimum((np.arange(frames) // step + 1) * step, frames)
 
 
-def say_exact(kind: str, why: str) -> None:
+def warn_exact(kind: str, why: str) -> None:
     """Warns that a call on a GPU saves no time; Python shows the warning once."""
     warnings.warn(f"{kind} runs in its exact form, in the time of dense attention or more: {why}", stacklevel=2)
 

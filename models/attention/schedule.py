@@ -42,7 +42,7 @@ class _ByLayer(Attention):
 
     def _here(self, context: Context) -> Attention:
         if not isinstance(context.layer, int):
-            raise ValueError(f"{self}: layer={context.layer} is not known; call self.for_layer(number) first.")
+            raise ValueError(f"{self}: layer={context.layer} is not static; call self.for_layer(number) first.")
         return self.for_layer(context.layer)
 
     def attend_clip(self, query: Tokens, key: Tokens, value: Tokens, clip: Clip) -> Tokens:

@@ -60,7 +60,7 @@ class SLAttention(ListedAttention):
         blocks = self._blocks(min(causal_block or grid[0], grid[0]) * grid[1] * grid[2])
         if not self.blocks_kept(blocks):
             least = f"the least is {1 / blocks:.4f}, or less with a smaller block"
-            raise ValueError(f"sla: keep={self.keep} of {blocks} blocks is none; {least}.")
+            raise ValueError(f"sla: keep={self.keep} of {blocks} blocks keeps no block; {least}.")
 
     def init(self, sizes: Sizes, *, rngs: nnx.Rngs) -> nnx.Module | None:
         """The projection: [head_dim, head_dim] and a bias, zeros."""
@@ -88,9 +88,7 @@ class SLAttention(ListedAttention):
 
         def blocks() -> Blocks:
             starts = even_starts(query.shape[1], self.block)
-            ends = even_starts(
-                key.shape[1], self.block, end=places.seen * places.per_frame
-            )  # valid keys come first
+            ends = even_starts(key.shape[1], self.block, end=places.seen * places.per_frame)  # valid keys come first
             most = self.blocks_kept(len(ends) - 1)
             mask = block_mask(
                 chosen, query_starts=starts, key_starts=ends, columns=min(self.block, key.shape[1]), most=most

@@ -72,8 +72,8 @@ class SlidingTileAttention(ListedAttention):
         """Raises ValueError for a rolling cache, since the clip has no last tile at which to move the window."""
         if rolling:
             raise ValueError(
-                "sliding_tile: a rolling cache has no end that the window could be moved in from; generate what fits "
-                "the cache."
+                "sliding_tile: a rolling cache has no end at which to move the window inwards; generate only "
+                "as much as fits the cache."
             )
 
     def key_tile(self, cache: MonarchKVCache) -> Grid | None:

@@ -21,7 +21,7 @@ from monarchrt.models.attention.masked import (
     check_seed,
     check_share,
     masked_attention,
-    say_exact,
+    warn_exact,
 )
 
 TOLERANCE = 1e-4  # k-means stops when no centroid moves farther
@@ -123,7 +123,7 @@ class SVG2Attention(MaskedAttention):
             return jnp.take_along_axis(of_rows, of_key[:, :, None], axis=3)
 
         if on_cuda() and value.shape[-1] == query.shape[-1]:
-            say_exact(self.name, "its clusters are of any size, and found anew in every call.")
+            warn_exact(self.name, "its clusters have any size and change in every call.")
         return masked_attention(query, key, value, keep=keep, visible=places.visible)
 
     def measure(
@@ -135,6 +135,8 @@ class SVG2Attention(MaskedAttention):
         causal_block: int | None = None,
     ) -> Density:
         """The density for given queries and keys, the mean over samples and heads.
+
+        Arguments are as in the call.
 
         Examples:
             >>> x = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))

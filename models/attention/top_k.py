@@ -15,8 +15,8 @@ from monarchrt.models.attention.masked import (
     check_share,
     largest,
     masked_attention,
-    say_exact,
     seen_frames,
+    warn_exact,
 )
 
 
@@ -58,7 +58,7 @@ class TopKAttention(MaskedAttention):
         among = None if visible is None else visible[None, None, None]
         count = places.by_seen(lambda frames: ceil_share(self.keep, frames * places.per_frame))
         if on_cuda() and value.shape[-1] == query.shape[-1]:
-            say_exact(self.name, "each query keeps different keys.")
+            warn_exact(self.name, "each query keeps different keys.")
         return masked_attention(
             query, key, value, keep=lambda rows, scores: largest(scores, count, among=among), visible=visible
         )

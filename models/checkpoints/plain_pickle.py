@@ -136,7 +136,7 @@ class _Machine:
 
     def _extend(self, items: list[Any]) -> None:
         if not isinstance(self._stack[-1], list):
-            raise ValueError("its pickle is damaged (items of no list)")
+            raise ValueError("its pickle is damaged (items without a list)")
         self._stack[-1].extend(items)
 
     def op_setitem(self, _: Any) -> None:
@@ -148,7 +148,7 @@ class _Machine:
 
     def _set(self, items: list[Any]) -> None:
         if not isinstance(self._stack[-1], dict) or len(items) % 2:
-            raise ValueError("its pickle is damaged (entries of no dictionary)")
+            raise ValueError("its pickle is damaged (entries without a dictionary)")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str | int | float | bytes | None):
                 raise UnsafePickleError(f"a dictionary in it has a key that is a {type(key).__name__}")
@@ -170,7 +170,7 @@ class _Machine:
     def op_reduce(self, _: Any) -> None:
         arguments, function = self.pop(), self.pop()
         if not callable(function) or not isinstance(arguments, tuple):
-            raise UnsafePickleError("it calls what is no function")
+            raise UnsafePickleError("it calls something that is not a function")
         self._stack.append(function(*arguments))
 
     def op_build(self, _: Any) -> None:  # torch stores versions of modules as attributes of the dictionary

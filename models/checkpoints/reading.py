@@ -380,7 +380,7 @@ def match_names(
     if wrong:
         raise ValueError(f"{where} does not fit the configuration of {model}: {some(wrong)}.")
     if unexpected:
-        raise ValueError(f"{where} has {len(unexpected)} tensors that {model} has not: {some(unexpected)}.")
+        raise ValueError(f"{where} has {len(unexpected)} tensors that {model} does not have: {some(unexpected)}.")
 
 
 def stored_shape(shapes: dict[ParameterPath, tuple[int, ...]], slot: Slot) -> tuple[int, ...]:

@@ -57,11 +57,11 @@ class Float8File:
     def _add_scale(self, weight: str, name: str) -> None:
         scale, shown = self._file.infos[name], f"{self.path}: {printable(name)}"
         if weight not in self._file.infos or self._file.infos[weight].dtype not in FLOAT8:
-            raise ValueError(f"{shown} is a scale, but {printable(weight)} is not there in float8.")
+            raise ValueError(f"{shown} is a scale, but {printable(weight)} is not a float8 tensor in the file.")
         if weight in self._scales:
             raise ValueError(f"{shown} is a second scale of {printable(weight)}; leave one of them in the file.")
         if scale.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
-            raise ValueError(f"{shown} is a scale of {scale.dtype}, not of floats.")
+            raise ValueError(f"{shown} is a scale with dtype {scale.dtype}; it should be a float.")
         _scaled_shape(self._file.infos[weight].shape, scale.shape, shown)
         self._scales[weight] = name
 

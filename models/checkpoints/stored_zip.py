@@ -95,9 +95,9 @@ def _records(file: BinaryIO) -> tuple[list[_Record], int]:
     """The records of the directory, and its position."""
     count, size, offset, end = _find_directory(file)
     if offset + size != end:
-        raise ValueError("its directory is not where it says")
+        raise ValueError("its directory is not at the stated offset")
     if count > MAX_ENTRIES or size > MAX_DIRECTORY or count * _RECORD.size > size:
-        raise ValueError(f"its directory says {count} entries in {size} bytes")
+        raise ValueError(f"its directory states {count} entries in {size} bytes")
     file.seek(offset)
     data, at, records = file.read(size), 0, []
     for _ in range(count):
@@ -172,18 +172,18 @@ def _entry(file: BinaryIO, record: _Record, directory: int) -> StoredEntry:
     """The position of an entry's bytes, according to its own header."""
     name = record.text
     if record.offset + _LOCAL.size > directory:
-        raise ValueError(f"its entry {name[:80]!r} is said to lie past its end")
+        raise ValueError(f"its entry {name[:80]!r} lies past its end")
     file.seek(record.offset)
     fields = _LOCAL.unpack(file.read(_LOCAL.size))
     signature, _, flags, method, _, _, crc, packed, full, name_length, extra_length = fields
     own_name, extra = file.read(name_length), file.read(extra_length)
     if signature != b"PK\3\4" or own_name != record.name or method or (flags ^ record.flags) & SIZES_FOLLOW:
-        raise ValueError(f"its entry {name[:80]!r} is another than its directory says")
+        raise ValueError(f"its entry {name[:80]!r} does not match its directory")
     if not flags & SIZES_FOLLOW:
         full, packed = _wide(extra, full, packed)
         if (full, packed, crc) != (record.size, record.size, record.crc):
-            raise ValueError(f"its entry {name[:80]!r} is of another size than its directory says")
+            raise ValueError(f"its entry {name[:80]!r} has another size than in its directory")
     start = record.offset + _LOCAL.size + name_length + extra_length
     if start + record.size > directory:
-        raise ValueError(f"its entry {name[:80]!r} is said to lie past its end")
+        raise ValueError(f"its entry {name[:80]!r} lies past its end")
     return StoredEntry(name, start, record.size, record.crc)

@@ -148,7 +148,7 @@ def _parse_header(text: bytes) -> tuple[dict[str, str], list[_Row]]:
         if not isinstance(dtype, str) or not all(
             type(number) is int and number >= 0 for number in (*shape, begin, end)
         ):
-            raise ValueError(f"its entry {name!r} has a number that is none")
+            raise ValueError(f"its entry {name!r} has an invalid number")
         check_shape(shape, np.dtype(np.float64))
         rows.append((name, dtype, shape, begin, end))
     return metadata, rows

@@ -41,7 +41,7 @@ class LegacyFile:
                 raise ValueError("a storage in it is a view of another, or has no size")
             made = storage(pid[:5])
             if sizes.setdefault(pid[2], itemsize(made)) != itemsize(made):
-                raise ValueError("a storage in it is of two dtypes")
+                raise ValueError("a storage in it has two dtypes")
             return made
 
         with path.open("rb") as file:
@@ -53,13 +53,13 @@ class LegacyFile:
 
             following()  # the magic number
             if (protocol := following()) != PROTOCOL:
-                raise ValueError(f"it is of protocol {protocol!r}, and {PROTOCOL} is known")
+                raise ValueError(f"it has protocol {protocol!r}; only {PROTOCOL} is supported")
             system = following()
             if not isinstance(system, dict) or system.get("little_endian") is not True:
                 raise ValueError("it was written on a big-endian machine, which is not supported")
             self.content, keys = following(), following()
             if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or {*keys} != {*sizes}:
-                raise ValueError("its storages are not those that its tensors are of")
+                raise ValueError("its storages do not match its tensors")
             self.places: dict[str, tuple[int, int]] = {}
             at = data.tell()
             for key in keys:

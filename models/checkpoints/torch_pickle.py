@@ -96,7 +96,7 @@ def _rebuild_tensor(storage, offset, shape, strides, *_) -> _Tensor:
 
 def _rebuild_typed(storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> _Tensor:
     if not isinstance(storage, _Storage) or not isinstance(dtype, _StorageType) or storage.size % dtype.dtype.itemsize:
-        raise UnsafePickleError("a tensor is of no dtype, or lies outside its storage")
+        raise UnsafePickleError("a tensor has no dtype, or lies outside its storage")
     typed = _Storage(storage.key, dtype.dtype, storage.size // dtype.dtype.itemsize)
     return _rebuild_tensor(typed, offset, shape, strides)
 

@@ -110,7 +110,16 @@ def _decoder(config: GenerateConfig) -> tuple[str, Path | None]:
 
 
 def load_decoder(config: GenerateConfig, path: Path, *, device: Any = None) -> FrameDecoder:
-    """Loads the decoder from the file that `find_components` found."""
+    """Loads a decoder.
+
+    Args:
+        config: The settings, which say its kind and the precision.
+        path: Its file, from `find_components`.
+        device: Device to compute on; None: that of the latents.
+
+    Returns:
+        The decoder.
+    """
     dtype = half_precision(config)
     if _decoder(config)[0] == "VAE":
         return WanDecoder(load_vae(path, dtype=dtype, param_dtype=dtype), device=device)
@@ -322,7 +331,7 @@ def load_wan(
         source.check()
     opened.check_same(config)
     components = find_components(config, source.path)
-    _tell_of_schedulers(source, report)
+    _note_unsupported_scheduler(source, report)
     for note in plan.notes:
         report(note)
     given = 0
@@ -359,7 +368,7 @@ def load_wan(
     )
 
 
-def _tell_of_schedulers(source: "Source", report: Callable[[str], None]) -> None:
+def _note_unsupported_scheduler(source: "Source", report: Callable[[str], None]) -> None:
     try:
         _ = source.scheduler
     except ValueError as error:

@@ -10,7 +10,7 @@ from monarchrt.models.checkpoints.tensor_files import TensorInfo
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import NO_LORA, GenerateConfig
 from monarchrt.models.generate.run_arrays import run_arrays, run_config, trained_as
-from monarchrt.models.generate.runs import RunSettings, find_run, is_run, told_apart_by
+from monarchrt.models.generate.runs import RunSettings, find_run, identifying_files, is_run
 from monarchrt.models.lora.layers import factors_of
 from monarchrt.models.lora.merging import Scaled, parse_scaled
 from monarchrt.models.lora.reading import Change, LoRA, lora_file, open_lora
@@ -46,7 +46,7 @@ def lora_files(config: GenerateConfig) -> list[Path]:
     for text in () if config.lora == NO_LORA else config.lora:
         path = Path(parse_scaled(text)[0])
         file = None if is_run(path) else lora_file(path)
-        found += told_apart_by(path) if file is None else [file]
+        found += identifying_files(path) if file is None else [file]
     return found
 
 

@@ -173,7 +173,7 @@ def make_video(
                 host=config.host, port=config.port, fps=config.fps or 16.0, title=title, total=config.frames
             )
             stack.enter_context(page)
-            report(f"frames are shown as they come at {page.url}")
+            report(f"frames are shown while they are generated at {page.url}")
         try:
             result = _write(parts, plan, page, kept if compares else None, report)
         finally:
@@ -249,7 +249,7 @@ def _write(
         raise
     except Exception:
         if writer.frames:
-            report(f"{writer.frames} of {config.frames} frames are kept in {config.out}; then came an error")
+            report(f"{writer.frames} of {config.frames} frames are kept in {config.out}, generated before an error")
         raise
     if page is not None:
         page.end("finished")
@@ -298,7 +298,7 @@ def _shown(parts: Iterator[np.ndarray], plan: Plan, label: str) -> Iterator[np.n
 def _let_watch(page: LivePage, seconds: float, report: Callable[[str], None]) -> None:
     """Keeps the page open until a browser has received everything, for at most `seconds`, or until Ctrl-C."""
     if not page.watched and seconds:
-        report(f"all frames are made; the page stays for {seconds:.0f} s, Ctrl-C ends it")
+        report(f"all frames are generated; the page stays open for {seconds:.0f} s, Ctrl-C ends it")
     with contextlib.suppress(KeyboardInterrupt):
         page.wait(seconds)
 

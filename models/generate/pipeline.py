@@ -63,7 +63,11 @@ class VideoPipeline:
         initial: Float[Array, "1 K h w C"] | None = None,
         noise: Noise | None = None,
     ) -> Iterator[Float[Array, "1 F h w C"]]:
-        """Iterates over the latents of the video; each part is dispatched when requested, and not waited for."""
+        """Generates the latents of a video; arguments are as in the call.
+
+        Yields:
+            Latents of each part, [1, F, h, w, C], dispatched when it is requested; this does not wait for results.
+        """
         frames, height, width = plan.latents
         if initial is not None:  # it may be on the decoder's device
             initial = jnp.asarray(jax.device_get(initial))

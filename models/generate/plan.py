@@ -145,7 +145,7 @@ class Plan:
             )
         if latents >= self.latents[0]:
             raise UserError(
-                f"condition has {frames} frames, which leaves none of the frames {self.config.frames} to make"
+                f"condition has {frames} frames, which leaves none of frames={self.config.frames} to generate"
             )
         return latents
 
@@ -299,9 +299,7 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
             instead = "leave it out" if not default else f"use {default}"
             raise UserError(f"{name} is {value}, for mode {' or '.join(modes)}, but mode is {mode}; {instead}")
     if config.condition_frames is not None and (config.condition or NO_CONDITION).lower() == NO_CONDITION:
-        raise UserError(
-            f"condition_frames is {config.condition_frames}, but there is no --condition to take them of; leave it out"
-        )
+        raise UserError(f"condition_frames is {config.condition_frames}, but there is no --condition; leave it out")
     few = sampler == "few-step"
     given = {name: getattr(config, name) for name in ("frames", "height", "width", "fps", "shift", "guidance", "steps")}
     filled = {

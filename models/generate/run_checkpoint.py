@@ -26,7 +26,7 @@ from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.models.generate.places import find_places
 from monarchrt.models.generate.plan import Defaults, Plan, make_plan
 from monarchrt.models.generate.run_arrays import run_config, run_network, trained_as
-from monarchrt.models.generate.runs import Generation, RunSettings, find_run, told_apart_by
+from monarchrt.models.generate.runs import Generation, RunSettings, find_run, identifying_files
 from monarchrt.models.lora.merging import AsTrained, Scaled, as_trained, merged
 from monarchrt.models.media.latents import PatchDCT
 from monarchrt.models.media.windows import cut, read_videos, window_starts
@@ -90,7 +90,7 @@ class RunCheckpoint:
     def check_same(self, config: GenerateConfig, *, what: str = "weights") -> None:
         """As `WanCheckpoint.check_same`."""
         with user_input():
-            check_same(what, lambda: listing([*told_apart_by(self.run.path), *lora_files(config)]))
+            check_same(what, lambda: listing([*identifying_files(self.run.path), *lora_files(config)]))
             data = dataclasses.replace(self.run.data, video=None)  # its path may differ between machines
             settings = digest_of(self.sizes, self.run.generation, data, lora_settings(config))
             check_same(what.replace("weights", "settings"), lambda: settings)

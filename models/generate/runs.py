@@ -123,7 +123,7 @@ def is_run(path: Path) -> bool:
     return (path / CONFIG_NAME).is_file() and (path / CHECKPOINTS_NAME).is_dir()
 
 
-def told_apart_by(path: Path) -> list[Path]:
+def identifying_files(path: Path) -> list[Path]:
     """Files that identify the weights of a run folder: the description of its newest checkpoint, with checksums."""
     return [path / CHECKPOINTS_NAME / str(step) / ABOUT for step in checkpoint_steps(path)[-1:]]
 
@@ -186,7 +186,7 @@ def read_run(path: Path) -> RunSettings:
         if not isinstance(table, dict):
             raise UserError(f"{where} is not that of a run: {name} is {table!a:.60}; it must be a table of settings")
     model, objective = tables["model"], tables["objective"]
-    given = _as_said_since(tables[GENERATION], objective) if GENERATION in values else _of_the_flow(objective)
+    given = _with_older_settings(tables[GENERATION], objective) if GENERATION in values else _flow_defaults(objective)
     attention, overrides = model.get("attention", SHORT), model.get("overrides", [])
     if not isinstance(attention, str) or not isinstance(overrides, list) or not isinstance(model.get("preset"), str):
         raise UserError(f"{where} is not that of a run: its model has no preset, overrides and attention")
@@ -230,13 +230,13 @@ def override_values(overrides: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def _of_the_flow(objective: dict[str, Any]) -> dict[str, Any]:
+def _flow_defaults(objective: dict[str, Any]) -> dict[str, Any]:
     """Sampling defaults of an old run that does not record them: its objective was rectified flow."""
     shift = {"shift": objective["shift"]} if "shift" in objective else {}
     return shift | {"level_per_frame": objective.get("frames_per_level") is not None}
 
 
-def _as_said_since(generation: dict[str, Any], objective: dict[str, Any]) -> dict[str, Any]:
+def _with_older_settings(generation: dict[str, Any], objective: dict[str, Any]) -> dict[str, Any]:
     """Adds settings that older runs stored only with their objective: the list of a student's steps, of which they
     stored just the number here, and the window of its roll-outs."""
     steps = objective.get("student_steps")

@@ -105,27 +105,27 @@ def settle(
             unsaid.append(name)
         alphas[name] = float(pair.rank) if alpha is None else alpha
         scales[name] = alphas[name] / (math.sqrt(pair.rank) if stored.roots and name in silent else pair.rank)
-    _tell_of_ranks(silent, stored, path, warn)
+    _note_ranks(silent, stored, path, warn)
     if zero := [name for name, alpha in alphas.items() if alpha == 0]:
         most = "nothing is changed there, where kohya's tools take 0 for the rank"
         warn(f"note: {path} has an alpha of 0 for {len(zero)} of {len(pairs)} layers, such as {zero[0]}; {most}")
     if unsaid:
-        warn(f"note: {path} does not say its alpha; it is taken to be the rank, a scale of 1{why}")
+        warn(f"note: {path} has no alpha; the rank is used, a scale of 1{why}")
         return alphas, scales, ""
     if silent and stored.where == KOHYA_ALPHA:
         warn(f"note: {path} has no alpha beside its matrices; {KOHYA_ALPHA} {stored.alpha:g} from its header is used")
     return alphas, scales, "tensors" if len(silent) < len(pairs) else stored.where
 
 
-def _tell_of_ranks(pairs: Mapping[str, Pair], stored: _Stored, path: Path, warn: Callable[[str], None]) -> None:
+def _note_ranks(pairs: Mapping[str, Pair], stored: _Stored, path: Path, warn: Callable[[str], None]) -> None:
     """Notes matrices whose rank differs from the stated one."""
     said = {name: _first(stored.ranks, pair.called, stored.rank) for name, pair in pairs.items()}
     other = [name for name, rank in said.items() if rank not in (None, pairs[name].rank)]
     if other:
         name = other[0]
         warn(
-            f"note: {path} says in its {stored.where} that the rank of {name} is {said[name]:g}, but its matrices have "
-            f"{pairs[name].rank}, which is used{f'; likewise {len(other) - 1} more' if len(other) > 1 else ''}"
+            f"note: {path} states in its {stored.where} that the rank of {name} is {said[name]:g}, but its matrices "
+            f"have {pairs[name].rank}, which is used{f'; likewise {len(other) - 1} more' if len(other) > 1 else ''}"
         )
 
 
@@ -148,8 +148,8 @@ def _of_peft(data: dict[str, Any], path: Path, where: str) -> _Stored:
     for beginning, kind in _BEGINNINGS.items():
         if isinstance(begun, str) and begun.lower().startswith(beginning):
             raise ValueError(
-                f"{path} began as {kind} (init_lora_weights in its {where}), which takes something off the weights it "
-                f"is added to; make a plain LoRA of it by PEFT's save_pretrained, with "
+                f"{path} began as {kind} (init_lora_weights in its {where}), which subtracts from the weights it "
+                f"is added to; make it a plain LoRA by PEFT's save_pretrained, with "
                 f"path_initial_model_for_weight_conversion."
             )
     roots = data.get("use_rslora")

@@ -106,7 +106,7 @@ def layer_names(config: WanConfig, wanted: Sequence[str] = LAYERS) -> dict[str, 
 
     for part in wanted:
         if not any(fits(name, part) for name in layers):
-            raise ValueError(f"lora_layers has {part!r}, which fits no layer; there are {', '.join(layers)}.")
+            raise ValueError(f"lora_layers has {part!r}, which matches no layer; choices: {', '.join(layers)}.")
     return {name: official for name, official in layers.items() if any(fits(name, part) for part in wanted)}
 
 
@@ -134,8 +134,8 @@ def with_adapter(model: WanModel, adapter: Adapter, *, rngs: nnx.Rngs) -> WanMod
     """
     if own := own_shapes(model.config):
         raise ValueError(
-            f"lora_rank is {adapter.rank}, but attention {next(iter(own))[3]} has parameters of its own, which no file "
-            f"of a LoRA holds; train the network itself, or with another attention."
+            f"lora_rank is {adapter.rank}, but attention {next(iter(own))[3]} has parameters of its own, which "
+            f"LoRA files cannot store; train the network itself, or with another attention."
         )
     graph, state = nnx.split(model)
     adapted = nnx.merge(graph, state)

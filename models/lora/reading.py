@@ -96,7 +96,7 @@ class LoRA:
     def _read(self, name: str) -> np.ndarray:
         array = self.file.read(name)
         if np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"{self.path}: {printable(name)} is of {array.dtype} without a scale; floats are needed.")
+            raise ValueError(f"{self.path}: {printable(name)} is {array.dtype} without a scale; it should be a float.")
         return check_finite(array, name, self.path).astype(np.float32)
 
     @functools.cached_property
@@ -215,7 +215,7 @@ def open_lora(path: str | Path, *, warn: Callable[[str], None] = lambda line: No
     names = read_names(file.infos)
     if names.unknown:
         raise ValueError(
-            f"{where} holds {len(names.unknown)} of {len(file.infos)} tensors that change nothing of a Wan "
+            f"{where} holds {len(names.unknown)} of {len(file.infos)} tensors that belong to no part of a Wan "
             f"transformer: {some(names.unknown)}."
         )
     return _assemble(where, file, names.keys, names.format, warn)

@@ -120,7 +120,7 @@ def covering(
 
 
 def cropped(picture: np.ndarray, target: tuple[int, int], orientation: Orientation) -> np.ndarray:
-    """The middle of a scaled picture, upright."""
+    """Crops a scaled picture in the middle to `target`, (height, width) as stored, and makes it upright."""
     (height, width), (free_h, free_w) = target, np.subtract(picture.shape[:2], target) // 2
     return orientation.apply(picture[free_h : free_h + height, free_w : free_w + width])
 

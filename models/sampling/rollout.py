@@ -140,12 +140,12 @@ def _flow(
         block=number,
         in_place=True,
         layers=layers,
-        times=None if times is None else (_of_each(times[0], x), _of_each(times[1], x)),
+        times=None if times is None else (_per_sample(times[0], x), _per_sample(times[1], x)),
     )
     return (unpair(flow, rollout.guidance) if guides else flow), cache
 
 
-def _of_each(of_one: Array, x: Array) -> Array:
+def _per_sample(of_one: Array, x: Array) -> Array:
     """Broadcasts an array to the samples of a batch, [B, 1, ...], for all frames."""
     return jnp.broadcast_to(of_one, (x.shape[0], 1, *of_one.shape))
 
@@ -161,7 +161,20 @@ def start_cache(
     width: int,
     rollout: Rollout,
 ) -> WanCache:
-    """An empty cache; for guidance, `text` is `paired` with the negative text. `frames` is used without a window."""
+    """Creates the cache of a video, empty except for the text.
+
+    Args:
+        graph: From `nnx.split(model)`.
+        params: From `nnx.split(model)`, or `Layers`.
+        text: Embedding of the prompt; for guidance, `paired` with the negative one.
+        frames: Number of latent frames of the video, which is the capacity without a window.
+        height: Height of the latents.
+        width: Width of the latents.
+        rollout: Settings.
+
+    Returns:
+        The cache.
+    """
     model, layers = merged(graph, params)
     return init_cache(
         model,
@@ -229,7 +242,7 @@ def autoregressive(
         rollout.blocks(given)
     if noise is not None:
         if frames is None:
-            raise ValueError("noise is given, but frames=None is without end; give the number of frames.")
+            raise ValueError("noise is given, but frames=None is endless; give the number of frames.")
         noise.check(rollout.table(), (video.shape[0], max(0, frames - given), *video.shape[1:]))
     return _blocks(video, initial, noise)
 
@@ -308,7 +321,7 @@ class LiveRollout:
                 f"output channels; this sampler needs a text-to-video model with patches of one frame."
             )
         if frames is None and rollout.window is None:
-            raise ValueError("frames=None, without end, needs a window, for example Rollout(window=21, sink_frames=3).")
+            raise ValueError("frames=None, an endless video, needs a window, as Rollout(window=21, sink_frames=3).")
         if frames is not None:
             rollout.blocks(frames)
         if isinstance(model, UnrolledWan):
@@ -490,7 +503,7 @@ class LiveRollout:
         cache, self._cache = self._cache, None  # it is donated
         if cache is None:
             if self._begun:
-                raise RuntimeError("the video cannot go on: its cache was lost when a block failed")
+                raise RuntimeError("the video cannot continue: its cache was lost when a block failed")
             cache, self._begun = self._begin(self._graph, self._params, self._text), True
             self._times = embed_calls(self._graph, self._params, rollout=self._rollout)
         if window is not None and self.frame - self._base + self.next_count > MAX_POSITIONS:

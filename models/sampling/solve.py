@@ -189,8 +189,8 @@ def flow_at(model: Callable[..., Array], x: Array, timesteps: Array, text: Array
     Returns:
         The flow.
     """
-    told = step is not None and "step" in inspect.signature(model).parameters
-    return model(x, timesteps, text, **({"step": step} if told else {}))
+    takes_step = step is not None and "step" in inspect.signature(model).parameters
+    return model(x, timesteps, text, **({"step": step} if takes_step else {}))
 
 
 def paired(text: Array, negative: Array) -> Array:

@@ -129,12 +129,12 @@ def load_embeddings(path: str | Path, *, length: int | None = None) -> dict[str,
             prompt = file.metadata[f"{name}.prompt"]
             rows = int(file.metadata[f"{name}.rows"]) if length is None else length
         except (KeyError, ValueError) as error:
-            raise UserError(f"{path} does not say which prompt {name} is of; make it again") from error
+            raise UserError(f"{path} does not name the prompt of {name}; encode it again") from error
         if array.ndim != 2:
             raise UserError(f"{path}: the embedding of {prompt[:40]!r} is {list(array.shape)}; it must be [L, D]")
         if len(array) > rows:
             raise UserError(f"{path}: the embedding of {prompt[:40]!r} has {len(array)} rows, more than {rows}")
         if rows > MAX_ROWS:
-            raise UserError(f"{path}: the embedding of {prompt[:40]!r} is said to have {rows} rows, over {MAX_ROWS}")
+            raise UserError(f"{path}: the embedding of {prompt[:40]!r} should have {rows} rows, over {MAX_ROWS}")
         embeddings[prompt] = np.concatenate([array, np.zeros((rows - len(array), array.shape[1]), array.dtype)])
     return embeddings

@@ -43,7 +43,20 @@ def causal_convolution(
     gamma: Float[Array, " D"] | None = None,
     both: bool = False,
 ) -> tuple[Float[Array, "B T H W D"], ...]:
-    """Convolves `x` as the continuation of `past`, plus `bias` and `added`, by the kernel; see its `convolution`."""
+    """Convolves frames as the continuation of a past, by the kernel.
+
+    Args:
+        past: The two frames before the first; None for a kernel with one step in time.
+        x: Frames.
+        kernel: Weights, with three steps in time or one.
+        bias: Biases.
+        added: Frames to add to the result.
+        gamma: Weights of a norm to apply to the result, with SiLU; None: no norm.
+        both: Whether to return the result before the norm, too.
+
+    Returns:
+        The result; with `both`, the result before and after the norm.
+    """
     parts = [[None if y is None else y[n] for y in (past, x, added)] for n in range(len(x))]
     each = [_one(before, frames, kernel, bias, more, gamma, both) for before, frames, more in parts]
     return tuple(map(jnp.stack, zip(*each, strict=True)))

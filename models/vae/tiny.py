@@ -230,7 +230,7 @@ class TinyVAE(nnx.Module):
         batch, frames, height, width, _ = video.shape
         factor = self.config.spatial_factor
         if height % factor or width % factor:
-            raise ValueError(f"video of {height}x{width} pixels does not make whole latents, which are {factor} wide.")
+            raise ValueError(f"video of {height}x{width} pixels: height and width should be multiples of {factor}.")
         more = -frames % self.config.temporal_factor
         video = jnp.concatenate([video, *[video[:, -1:]] * more], axis=1)
         return self.encode_next(video, self.encoder_pasts(batch, height, width))[0]

@@ -126,7 +126,7 @@ def tiny_config(file: TensorFile, *, where: Path) -> TinyVAEConfig:
     def of(name: str) -> tuple[int, ...]:
         shape = shapes.get(theirs := entries[f"{name}.kernel"], ())
         if len(shape) != 4:
-            raise ValueError(f"{where} lacks {theirs}, or has it as {list(shape)}, which is no convolution's.")
+            raise ValueError(f"{where} lacks {theirs}, or it has shape {list(shape)}, which is not a convolution's.")
         return shape
 
     pixels = of("conv_in")[1]

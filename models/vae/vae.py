@@ -354,7 +354,7 @@ class WanVAE(nnx.Module):
         """
         time = self.config.temporal_factor
         if frames.ndim == 5 and (frames.shape[1] % time or not frames.shape[1]):
-            raise ValueError(f"frames={frames.shape[1]} after the first are not a multiple of {time}.")
+            raise ValueError(f"frames has {frames.shape[1]} frames; encode_next takes a multiple of {time}.")
         return self._encode(frames, cache, first=False)
 
     def _encode(self, frames: Array, cache: Past, *, first: bool) -> tuple[Array, Past]:

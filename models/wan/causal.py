@@ -114,7 +114,21 @@ def init_cache(
 
 
 def cache_shape(config: WanConfig, batch: int, *, height: int, width: int, **room: Any) -> CacheShape:
-    """Sizes of the caches of a model; `room` has the other fields of `CacheShape`, such as frames and rolling."""
+    """Sizes of the caches of a model.
+
+    Args:
+        config: Configuration of the model.
+        batch: Batch size.
+        height: Height of the latents.
+        width: Width of the latents.
+        **room: Other fields of `CacheShape`, such as frames and rolling.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        ValueError: If the patch does not divide the latents.
+    """
     _, rows, columns = config.token_grid(config.patch_size[0], height, width)
     return CacheShape(
         batch=batch,
@@ -240,7 +254,7 @@ def cached_forward(
     """
     config = model.config
     if layers is not None and not in_place:
-        raise ValueError("layers are given, which are for in_place=True; leave one of the two.")
+        raise ValueError("layers need in_place=True; pass both, or leave layers out.")
     grid = model.check_latents(latents, timesteps, cached=True)
     runs = attention_runs(config.layer_attention)
     check_cache(model, cache, latents.shape[0], grid, apart=layers is not None)

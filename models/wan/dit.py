@@ -188,9 +188,16 @@ class WanModel(nnx.Module):
     def embed_latents(
         self, latents: Array, timesteps: Array, times: Times | None = None, *, joined: bool = False
     ) -> Tokens:
-        """Embeds latents and, unless `times` is given, timesteps.
+        """Embeds latents and timesteps.
 
-        With `joined`, the tokens of all frames are in one row, [B, 1, F*h*w, D].
+        Args:
+            latents: As in the call.
+            timesteps: As in the call.
+            times: Result of `embed_times`, if it was computed before.
+            joined: Whether to put the tokens of all frames in one row, [B, 1, F*h*w, D].
+
+        Returns:
+            The inputs of the blocks and the head.
         """
         per_frame = timesteps if timesteps.ndim == 2 else timesteps[:, None]
         time, projection = self.embed_times(per_frame) if times is None else times
@@ -232,10 +239,21 @@ class WanModel(nnx.Module):
         step: Steps = None,
         added: bool = False,
     ) -> Array:
-        """The residual stream after the first `layers` blocks (None: all), [B, F, h*w, D].
+        """Runs blocks on embedded latents.
 
         Consecutive layers with equal attention are one scan, so that compile time does not grow with depth, unless
-        `config.unroll_layers`. With `added`, the result includes the padding tokens of a mesh.
+        `config.unroll_layers`.
+
+        Args:
+            tokens: From `embed_latents`.
+            context: From `embed_context`.
+            grid: (F, h, w) tokens.
+            layers: Number of blocks to run, from the first; None: all.
+            step: As in the call.
+            added: Whether the result includes the padding tokens of a mesh.
+
+        Returns:
+            The residual stream, [B, F, h*w, D].
         """
         config = self.config
         rope, per_frame = pad_rope(rope_table(grid, config.head_dim)), grid[1] * grid[2]
@@ -269,7 +287,7 @@ class WanModel(nnx.Module):
         """
         graph, state = nnx.split(self.blocks)
         if not apart and not jax.tree.leaves(state)[0].shape[0]:
-            raise ValueError("model has no layers: they are in the UnrolledWan that it is part of; give that.")
+            raise ValueError("model has no layers: they are in the UnrolledWan that it is part of; pass that.")
         return graph, state
 
     def run_head(self, x: Array, time: Array) -> Array:
@@ -410,7 +428,20 @@ def attention_runs(settings: Sequence[Attention]) -> list[AttentionRun]:
 def attend_clip(
     config: WanConfig, setting: Attention, query: Array, key: Array, value: Array, *, grid: Grid, context: Context
 ) -> Array:
-    """Self-attention of a whole clip, with the causal blocks of the model if it is causal."""
+    """Self-attention of a whole clip, with the causal blocks of the model if it is causal.
+
+    Args:
+        config: Configuration of the model.
+        setting: The attention.
+        query: [B, F*h*w, heads, head_dim].
+        key: As `query`.
+        value: As `query`.
+        grid: (F, h, w) tokens.
+        context: Place of the call in the network and in generation.
+
+    Returns:
+        An array like `query`.
+    """
     if config.causal_block is None or not config.independent_first_frame:
         return setting(query, key, value, grid=grid, causal_block=config.causal_block, context=context)
     sizes = config.block_sizes(grid[0])
@@ -430,7 +461,17 @@ def whole_layer(layer: Any, config: WanConfig) -> Any:
 
 
 def through_layers(body, config: WanConfig, x: Array, stacked: Any) -> Array:
-    """The residual stream after stacked layers, in a scan or unrolled; `body` is (x, layer) -> (x, None)."""
+    """Runs stacked layers in a scan, with stacked residuals if these are on, or unrolled.
+
+    Args:
+        body: (x, layer) -> (x, None), one layer.
+        config: Gives `remat` and `unroll_layers`.
+        x: The residual stream.
+        stacked: Tree of the layers' parameters with a leading axis of layers.
+
+    Returns:
+        The residual stream after the last layer.
+    """
     if stacks_written.on and config.remat == STACKED and not config.unroll_layers:
         return through_stacks(rematerialized(body, config), x, stacked)
     if not config.unroll_layers:

@@ -30,7 +30,16 @@ HIDDEN_BYTES = 128 * 2**20  # limit on a group's hidden layer of the feed-forwar
 
 
 def linear(config: WanConfig, features: int, out: int, *, rngs: nnx.Rngs, init=xavier, precise: bool = False):
-    """A dense layer with bias in the compute dtype, or in float32 or wider if `precise`."""
+    """A dense layer with bias.
+
+    Args:
+        config: Gives the dtypes of computation and parameters.
+        features: Input channels.
+        out: Output channels.
+        rngs: Random keys for the parameters.
+        init: Initializer of the weights; biases are zero.
+        precise: Whether to compute in float32 or wider rather than in the compute dtype.
+    """
     dtype = config.precise_dtype if precise else jnp.dtype(config.dtype)
     return nnx.Linear(
         features,
@@ -75,7 +84,15 @@ def computed_dtype[M: nnx.Module](model: M) -> M:
 
 
 def layer_norm(config: WanConfig, width: int, *, affine: bool, rngs: nnx.Rngs, eps: float | None = None):
-    """A LayerNorm that computes in and returns float32 or wider, with two-pass variance."""
+    """A LayerNorm that computes in and returns float32 or wider, with two-pass variance.
+
+    Args:
+        config: Gives dtypes and the default epsilon.
+        width: Channels.
+        affine: Whether it has weights and biases.
+        rngs: Random keys for the parameters.
+        eps: Epsilon; None: that of the configuration.
+    """
     return nnx.LayerNorm(
         width,
         epsilon=config.eps if eps is None else eps,

@@ -28,12 +28,12 @@ class NetworkCall(NamedTuple):
 class _Watched(WanModel):
     """The same network, which sends its inputs to the host."""
 
-    hand_on: Any
+    send: Any
 
     def embed_latents(
         self, latents: Array, timesteps: Array, times: Times | None = None, *, joined: bool = False
     ) -> Tokens:
-        jax.debug.callback(self.hand_on, latents, timesteps, ordered=True)
+        jax.debug.callback(self.send, latents, timesteps, ordered=True)
         return super().embed_latents(latents, timesteps, times, joined=joined)
 
 
@@ -63,12 +63,12 @@ def watching(model: WanModel) -> Iterator[tuple[WanModel, list[NetworkCall]]]:
     check_host("watching a network")
     calls: list[NetworkCall] = []
 
-    def hand_on(latents: Any, timesteps: Any) -> None:
+    def send(latents: Any, timesteps: Any) -> None:
         calls.append(NetworkCall(np.asarray(latents, np.float32), np.asarray(timesteps, np.float32)))
 
     watched: Any = nnx.merge(*nnx.split(model))
     watched.__class__ = _Watched
-    watched.hand_on = hand_on
+    watched.send = send
     try:
         yield watched, calls
     finally:

@@ -310,7 +310,7 @@ def test_an_empty_cache_gives_nan():
         ({}, 9, 3, None, r"frame=9: 3 frames from there end past the cache's 9; make it larger or pass rolling=True"),
         ({}, 3, 3, 6, r"frame=6 leaves a gap: the cache ends at frame 3"),
         ({}, 3, 3, jnp.int32(6), r"frame=6 leaves a gap: the cache ends at frame 3"),
-        ({}, 3, 3, jnp.int32(-3), r"frame=-3 is not a multiple of the tile's 1 frames from 0 on"),
+        ({}, 3, 3, jnp.int32(-3), r"frame=-3 is not a multiple of the tile's 1 frames of at least 0"),
         (
             {"rolling": True},
             12,

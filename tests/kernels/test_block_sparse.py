@@ -105,7 +105,7 @@ class TestDefinition:
         ("changes", "word"),
         [
             (dict(query_starts=[1, 2, 4]), "query_starts should begin with 0"),
-            (dict(key_starts=[0, 5, 4]), "key_starts should begin with 0 and not fall"),
+            (dict(key_starts=[0, 5, 4]), "key_starts should begin with 0 and not decrease"),
             (dict(key_starts=[0, 4]), "2 blocks have 3"),
             (dict(seen=np.ones((1, 1, 2, 2))), "it should be bool"),
             (dict(width=3), "make up a band"),

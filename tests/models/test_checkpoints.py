@@ -247,11 +247,11 @@ class TestMonarchSettings:
         other = MonarchAttention(tile=(1, 4, 6))
         message = (
             r"was trained with monarch\(tile=\(3,4,6\), num_iters=2\); "
-            r"asked for is monarch\(tile=\(1,4,6\)\)\..*override"
+            r"requested was monarch\(tile=\(1,4,6\)\)\..*override"
         )
         with pytest.raises(ValueError, match=message):
             load_checkpoint(tmp_path / "a", attention=other)
-        with pytest.raises(ValueError, match=r"asked for is dense"):
+        with pytest.raises(ValueError, match=r"requested was dense"):
             load_checkpoint(tmp_path / "a", attention=DenseAttention())
         assert load_checkpoint(tmp_path / "a", attention=other, override=True).config.attention == other
         same = dataclasses.replace(self.TILED, implementation="reference")
@@ -303,7 +303,7 @@ class TestBadInput:
 
     def test_unexpected_tensor(self, folder):
         self.edit(folder, lambda arrays: arrays.update({"vace.x": np.zeros(2, np.float32)}))
-        with pytest.raises(ValueError, match=r"has 1 tensors that a Wan model has not: vace.x"):
+        with pytest.raises(ValueError, match=r"has 1 tensors that a Wan model does not have: vace.x"):
             load_checkpoint(folder)
 
     def test_wrong_shape(self, folder):

@@ -207,9 +207,9 @@ class TestFloat8:
         ("name", "value", "message"),
         [
             ("blocks.0.ffn.0.scale_weight", np.ones(3, np.float32), r"has shape \(3,\) for a weight of"),
-            ("blocks.0.nothing.scale_weight", np.ones((), np.float32), "is not there in float8"),
-            ("blocks.0.norm3.scale_weight", np.ones((), np.float32), "is not there in float8"),
-            ("blocks.0.ffn.0.weight_scale", np.ones((), np.int32), "is a scale of int32"),
+            ("blocks.0.nothing.scale_weight", np.ones((), np.float32), "is not a float8 tensor in the file"),
+            ("blocks.0.norm3.scale_weight", np.ones((), np.float32), "is not a float8 tensor in the file"),
+            ("blocks.0.ffn.0.weight_scale", np.ones((), np.int32), "is a scale with dtype int32"),
             ("blocks.0.ffn.0.weight_scale", np.full((), np.nan, np.float32), "is not positive and finite"),
             ("blocks.0.ffn.0.weight_scale", np.zeros((), np.float32), "is not positive and finite"),
         ],

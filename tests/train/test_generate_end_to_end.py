@@ -188,7 +188,7 @@ class TestTinyDecoder:
         common = ["--checkpoint", folder, *CAT, *SMALL, "--frames", "9", "--save-latents"]
         tiny = ["--decoder", "tiny", "--stream", "--port", "0", "--linger", "0"]
         assert generate(*common, folder / "l1", *tiny, "--out", folder / "a.mkv") == 0
-        assert "frames are shown as they come at http://127.0.0.1:" in said()
+        assert "frames are shown while they are generated at http://127.0.0.1:" in said()
         assert generate(*common, folder / "l2", "--out", folder / "b.mkv") == 0
         by_name = ["--decoder", folder / "taew2_1.safetensors", "--out", folder / "c.mkv"]
         assert generate(*common, folder / "l3", *by_name) == 0

@@ -75,7 +75,7 @@ class TestLayers:
             "blocks.self_attn.q",
             "blocks.cross_attn.q",
         ]
-        with pytest.raises(ValueError, match="lora_layers has 'attn', which fits no layer; there are text_embedding"):
+        with pytest.raises(ValueError, match="lora_layers has 'attn', which matches no layer; choices: text_embedding"):
             layer_names(config, ["attn"])
 
     def test_folded_is_what_a_file_merges(self, tmp_path):

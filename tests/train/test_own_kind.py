@@ -120,7 +120,7 @@ class TestCheckpoints:
     def test_another_attention_leaves_it_behind(self, run, tmp_path):
         assert cli.main(["convert", str(run), str(tmp_path / "a")]) == 0
         with pytest.raises(
-            ValueError, match=r"was trained with gated\(strength=2.0\), causal_block=1; asked for is dense"
+            ValueError, match=r"was trained with gated\(strength=2.0\), causal_block=1; requested was dense"
         ):
             load_checkpoint(tmp_path / "a", attention=parse("dense"))
         dense = load_checkpoint(tmp_path / "a", attention=parse("dense"), override=True)

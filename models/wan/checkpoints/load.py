@@ -162,8 +162,17 @@ def check_sizes(source: Source, config: WanConfig) -> None:
 def resolve_config(source: Source, config: WanConfig | None, *, override: bool, **policy) -> WanConfig:
     """The checkpoint's sizes with the requested policy.
 
+    Args:
+        source: The checkpoint.
+        config: Expected configuration, or None; see `load_checkpoint`.
+        override: Whether to allow an attention other than the stored one.
+        **policy: Policy fields of `WanConfig`; for None, those of `config`, or else of the checkpoint, are used.
+
+    Returns:
+        The configuration.
+
     Raises:
-        ValueError: If the requested attention is not the stored one, unless `override`.
+        ValueError: If the attention is not the stored one, unless `override`.
     """
     asked = {name: value for name, value in policy.items() if value is not None}
     if config is not None:
@@ -174,7 +183,7 @@ def resolve_config(source: Source, config: WanConfig | None, *, override: bool, 
     stored = settings.attention_to_json(source.config)
     if stored is not None and not settings.same_attention(chosen, source.config) and not override:
         raise ValueError(
-            f"{source.path} was trained with {settings.describe_attention(source.config)}; asked for is "
+            f"{source.path} was trained with {settings.describe_attention(source.config)}; requested was "
             f"{settings.describe_attention(chosen)}. Leave attention out to use the stored one, or pass override."
         )
     return chosen
@@ -187,9 +196,18 @@ def read_model(
     sharding: jax.sharding.Sharding | Shardings | None = None,
     progress: Progress | None = None,
 ) -> WanModel:
-    """Builds the model of `config` with the tensors of `source`, which has been checked.
+    """Builds a model from a checkpoint that has been checked.
 
     If its attention has other parameters of its own than the stored one, they change as in `WanModel.with_attention`.
+
+    Args:
+        source: The checkpoint.
+        config: Configuration of the model, with the checkpoint's sizes.
+        sharding: As in `load_checkpoint`.
+        progress: As in `load_checkpoint`.
+
+    Returns:
+        The model.
     """
     stored = dataclasses.replace(config, attention=source.config.attention, causal_block=source.config.causal_block)
     as_stored = own_shapes(stored) != own_shapes(config)

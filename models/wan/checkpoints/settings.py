@@ -324,7 +324,7 @@ def config_from_shapes(infos: dict[str, TensorInfo], names: dict[str, str], *, n
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in infos:
-            raise ValueError(f"the tensor {names.get(name, name)} is missing, so the model's sizes cannot be told.")
+            raise ValueError(f"the tensor {names.get(name, name)} is missing, so the model's sizes are not known.")
         return infos[name].shape
 
     if len(shape("patch_embedding.weight")) != 5:
@@ -332,8 +332,8 @@ def config_from_shapes(infos: dict[str, TensorInfo], names: dict[str, str], *, n
     dim, in_channels, *patch_size = shape("patch_embedding.weight")
     if num_heads is None and dim % HEAD_DIM:
         raise ValueError(
-            f"dim={dim} is not a multiple of {HEAD_DIM}, the released models' head size, so the heads cannot be told; "
-            f"give num_heads or head_dim, or write them down: monarchrt convert CHECKPOINT NEW --num-heads N."
+            f"dim={dim} is not a multiple of {HEAD_DIM}, the released models' head size, so the number of heads is "
+            f"not known; give num_heads or head_dim, or store it: monarchrt convert CHECKPOINT NEW --num-heads N."
         )
     # the number of layers is that of distinct indices, so that a gap shows as missing and unexpected tensors
     layers = len({name.split(".")[1] for name in infos if name.startswith("blocks.")})

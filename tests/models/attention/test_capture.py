@@ -65,5 +65,5 @@ def test_what_passes_through_the_host_needs_a_cpu(monkeypatch, model, what):
 
     monkeypatch.setattr(jax, "local_devices", none)
     monkeypatch.setattr(jax.config, "read", lambda name: "cuda")
-    with pytest.raises(UserError, match="JAX_PLATFORMS='cuda' leaves out; it could be cuda,cpu"), what(model):
+    with pytest.raises(UserError, match="JAX_PLATFORMS='cuda' excludes; use cuda,cpu"), what(model):
         pass

@@ -166,7 +166,7 @@ class TestErrors:
             ("radial(rule=published, keep=0.15)", P480, None, r"keep=0.15 is out .* 0.3379, or rule='general', which"),
             ("radial(keep=0.09)", P480, None, r"keep=0.09 is out of reach .* the least is 0.0930"),
             ("radial(decay=0.1, frames=20)", P480, None, r"frames=20 is less than the 21 of the grid"),
-            ("sla(keep=0.01)", (9, 4, 6), 3, r"sla: keep=0.01 of 2 blocks is none; the least is 0.5000"),
+            ("sla(keep=0.01)", (9, 4, 6), 3, r"sla: keep=0.01 of 2 blocks keeps no block; the least is 0.5000"),
             ("vsa(cube=(4,4,4))", P480, 3, r"cube=\(4, 4, 4\) does not lie in one causal block of 3 frames.* be 1, 3"),
             ("sliding_tile(tile=(4,4,4))", P480, None, r"does not divide the grid .*1, 3, 7, 21 frames; 1, 2, 3, 5, 6"),
             ("svg2", (9, 4, 6), 3, r"svg2: query_clusters=200 is more than the tokens of a call; use at most 72"),

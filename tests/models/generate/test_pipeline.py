@@ -264,7 +264,7 @@ class TestMakeVideo:
         said: list[str] = []
         with pytest.raises(RuntimeError, match="lost"):
             make_video(pipeline, TEXT, plan=plan(out=out), report=said.append)
-        assert said == [f"3 of 9 frames are kept in {out}; then came an error"]
+        assert said == [f"3 of 9 frames are kept in {out}, generated before an error"]
         assert len(read_clip(out, height=16, width=24)) == 3
 
     def test_a_video_that_another_process_made_meanwhile_stays(self, tiny, tmp_path):

@@ -165,7 +165,7 @@ class TestRefusals:
             (dict(context=2), "context is 2, for mode windows, but mode is autoregressive; use 1"),
             (dict(mode="bidirectional", block=7), "block is 7, for mode autoregressive, but .*; leave it out$"),
             (dict(mode="bidirectional", independent_first_frame=True), "independent_first_frame is .*; leave it out$"),
-            (dict(condition_frames=9), "condition_frames is 9, but there is no --condition to take .*; leave it out"),
+            (dict(condition_frames=9), "condition_frames is 9, but there is no --condition; leave it out"),
             (dict(condition_frames=9, condition="None"), "condition_frames is 9, but there is no --condition"),
             (dict(mode="windows"), "mode is 'windows', but there is no window"),
             (
@@ -284,7 +284,7 @@ class TestBeginning:
         for frames in (8, 13, 1):
             with pytest.raises(UserError, match=f"condition has {frames} frames, .*9, 21, 33"):
                 made.begins_with(frames)
-        with pytest.raises(UserError, match="which leaves none of the frames 81"):
+        with pytest.raises(UserError, match="which leaves none of frames=81 to generate"):
             made.begins_with(81)
 
     def test_an_image(self):

@@ -53,7 +53,7 @@ class TestAlpha:
         said = []
         lora = open_lora(file, warn=said.append)
         assert len(said) == 1
-        assert f"{file} does not say its alpha" in said[0]
+        assert f"{file} has no alpha" in said[0]
         np.testing.assert_allclose(lora.delta(f"{Q}.weight"), product(factors, Q, 1.0), atol=1e-6)
 
     def test_of_each_layer(self, loras, factors, tmp_path):
@@ -92,7 +92,7 @@ class TestAlpha:
          ({"use_rslora": "false"}, 'use_rslora in its header is "false", not true or false'),
          ({"use_dora": True}, r"holds DoRA \(use_dora in its header\), which is not supported"),
          ({"alora_invocation_tokens": [1]}, "holds aLoRA"),
-         ({"init_lora_weights": "pissa_niter_4"}, "began as PiSSA .*make a plain LoRA of it by PEFT's save_pretrained"),
+         ({"init_lora_weights": "pissa_niter_4"}, "began as PiSSA .*make it a plain LoRA by PEFT's save_pretrained"),
          ({"init_lora_weights": "OLoRA"}, "began as OLoRA")],
     )  # fmt: skip
     def test_what_peft_may_not_say(self, loras, factors, tmp_path, more, message):
@@ -154,7 +154,7 @@ class TestAlpha:
         said = []
         lora = open_lora(loras.save(tmp_path / "a.safetensors", tensors, header), warn=said.append)
         assert (lora.said, set(lora.alphas.values()), len(said)) == ("", {3.0}, 1)
-        assert re.search(f"does not say its alpha; it is taken to be the rank.*{why}", said[0])
+        assert re.search(f"has no alpha; the rank is used.*{why}", said[0])
 
     @pytest.mark.parametrize(
         "header", [{"ss_network_alpha": "x"}, {"ss_network_alpha": "nan"}, {"ss_network_alpha": "-1"},
@@ -210,7 +210,7 @@ def test_half_precision_is_multiplied_in_float32(loras, factors, tmp_path, dtype
 def test_integers_have_no_scale(loras, factors, tmp_path):
     whole = {Q: tuple((9 * x).astype(np.int8) for x in factors[Q])}
     lora = open_lora(loras.save(tmp_path / "a.safetensors", *loras.as_musubi(whole)))
-    with pytest.raises(ValueError, match=r"a\.safetensors: lora_unet_blocks_1_.* is of int8 without a scale"):
+    with pytest.raises(ValueError, match=r"a\.safetensors: lora_unet_blocks_1_.* is int8 without a scale"):
         lora.delta(f"{Q}.weight")
 
 

@@ -264,7 +264,7 @@ class TestLength:
             dict(frames=9, rollout=Rollout(independent_first_frame=True)),
             "frames=9 latent frames are not 1 \\+ 3 k, whole blocks; the nearest that are: 7 or 10",
         ),
-        (dict(frames=None), "frames=None, without end, needs a window"),
+        (dict(frames=None), "frames=None, an endless video, needs a window"),
         (dict(frames=9, height=7), "height=7 is not a multiple of the patch's 2"),
         (dict(frames=9, initial=jnp.zeros((1, 1, H, W, 6))), "frames=1 latent frames are not 3 k"),
         (dict(frames=9, initial=jnp.zeros((1, 3, H, W, 5))), "initial has shape"),

@@ -177,8 +177,8 @@ class TestFiles:
         [
             ((3,), 3, r"the embedding of 'a cat' is \[3\]; it must be \[L, D\]"),
             ((3, 2), 2, "has 3 rows, more than 2"),
-            ((3, 2), 10**12, "is said to have 1000000000000 rows, over 100000"),
-            ((3, 2), "9" * 5000, "does not say which prompt x is of"),
+            ((3, 2), 10**12, "should have 1000000000000 rows, over 100000"),
+            ((3, 2), "9" * 5000, "does not name the prompt of x"),
         ],
     )
     def test_rows_that_lie(self, tmp_path, shape, rows, said):

@@ -108,7 +108,7 @@ class TestErrors:
             load_umt5(self.write(tmp_path, **{"encoder.block.0.layer.0.SelfAttention.q.weight": None}))
 
     def test_unexpected(self, torch_encoder, tmp_path):
-        with pytest.raises(ValueError, match=r"has 1 tensors that a umT5 encoder has not: lm_head.weight"):
+        with pytest.raises(ValueError, match=r"has 1 tensors that a umT5 encoder does not have: lm_head.weight"):
             load_umt5(self.write(tmp_path, **{"lm_head.weight": np.zeros((2, 2), np.float32)}))
         with pytest.raises(ValueError, match=r"is a whole umT5 with decoder.x; give an encoder alone"):
             load_umt5(self.write(tmp_path, **{"decoder.x": np.zeros((2, 2), np.float32)}))

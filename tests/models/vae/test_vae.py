@@ -168,7 +168,7 @@ class TestErrors:
             vae.encode(clip(5, height=20))
         with pytest.raises(ValueError, match="width=4 pixels is not a multiple of 8; the nearest that are: 8"):
             vae.init_decoder_cache(1, 16, 4)
-        with pytest.raises(ValueError, match="frames=3 after the first are not a multiple of 4"):
+        with pytest.raises(ValueError, match="frames has 3 frames; encode_next takes a multiple of 4"):
             vae.encode_next(clip(3), vae.init_encoder_cache(1, 16, 24))
 
     def test_channels_and_dtype(self, vae):

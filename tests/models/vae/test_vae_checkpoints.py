@@ -86,7 +86,7 @@ class TestErrors:
         name = "decoder.middle.1.proj.weight"
         with pytest.raises(ValueError, match=rf"lacks 1 of {len(official)} tensors of a Wan VAE: {name}"):
             load_vae(self.write(official, tmp_path, **{name: None}), config=SMALL)
-        with pytest.raises(ValueError, match=r"has 1 tensors that a Wan VAE has not: model_ema.decay"):
+        with pytest.raises(ValueError, match=r"has 1 tensors that a Wan VAE does not have: model_ema.decay"):
             load_vae(self.write(official, tmp_path, **{"model_ema.decay": np.zeros(1, np.float32)}), config=SMALL)
         for shape in ((18, 18, 1, 2), (18, 18), (18, 18, 1, 1, 1)):
             wrong = np.zeros(shape, np.float32)
