@@ -115,8 +115,6 @@ def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct
         reason = None
         if implementation is None and name in _ON_CUDA and not on_cuda():
             reason = "it needs an NVIDIA GPU, which is not where JAX runs by default."
-        elif implementation is None and name == "mosaic" and not _on_a_card(problem, q):
-            reason = f"num_iters={problem.num_iters} in {q.dtype}, for which it is taken by name only."
         if reason is None:
             backend = _REGISTRY[name]()
             reason = backend.supports(problem, q, k)
@@ -124,11 +122,6 @@ def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct
                 return backend
         reasons.append(f"implementation={name!r} cannot run this call: {reason}")
     raise NotImplementedError(" ".join(reasons))
-
-
-def _on_a_card(problem: Problem, q: jax.ShapeDtypeStruct) -> bool:
-    """Whether a card has run Mosaic's kernels with so many refinement steps."""
-    return problem.num_iters == 1 or (problem.num_iters == 2 and q.dtype == "bfloat16")
 
 
 def automatic() -> tuple[str, ...]:

@@ -13,10 +13,6 @@ from monarchrt.triton_kernels import launch
 from monarchrt.triton_kernels.config import Config, power_of_two, target
 from monarchrt.triton_kernels.plan import Launch
 
-REFINE = Config(rows=0, keys=64, stages=4)
-DELTA = Config(rows=0, keys=64, stages=2)
-QUERY = Config(rows=0, keys=0, stages=2)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairsConfig:
@@ -28,9 +24,19 @@ class PairsConfig:
         query: The gradient of queries.
     """
 
-    refine: Config = REFINE
-    delta: Config = DELTA
-    query: Config = QUERY
+    refine: Config
+    delta: Config
+    query: Config
+
+
+def pairs_config(rows: int) -> PairsConfig:
+    """What was the fastest on an H200 for tiles of 30 and of 90 rows, by which is nearer."""
+    few = rows <= 32
+    return PairsConfig(
+        refine=Config(rows=0, keys=64, stages=3 if few else 4),
+        delta=Config(rows=0, keys=128 if few else 64, stages=2),
+        query=Config(rows=0, keys=0, stages=3),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +52,7 @@ class Pairs:
         heads: Heads of the chunk.
         tiles: Query tiles of the chunk.
         split: Items, whole items of a query tile, rows of a shared item, query tiles that share one.
-        config: Block sizes.
+        config: Block sizes; None: `pairs_config`.
     """
 
     q: jax.Array
@@ -57,19 +63,24 @@ class Pairs:
     heads: int
     tiles: int
     split: tuple[int, int, int, int]
-    config: PairsConfig = PairsConfig()
+    config: PairsConfig | None = None
+
+    @property
+    def sizes(self) -> PairsConfig:
+        """Block sizes."""
+        return self.config or pairs_config(self.q.shape[2])
 
     def refine(self, alpha: jax.Array, c: jax.Array, *, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The next step's queries as alpha, factors as c, and stats [lanes, tiles, b2, 2, width] but for delta."""
         lanes, cols = alpha.shape[0], self.q.shape[3]
         stats = jax.ShapeDtypeStruct((lanes, self.tiles, cols, 2, width), jnp.float32)
         new = {"u": _like(alpha), "factors": _like(c), "stats": stats}
-        found = self._column("refine_pairs", self.config.refine, new, width, {"alpha": alpha, "c": c})
+        found = self._column("refine_pairs", self.sizes.refine, new, width, {"alpha": alpha, "c": c})
         return found["u"], found["factors"], found["stats"]
 
     def query(self, u: jax.Array, dz: jax.Array, factors: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The gradients of a step's queries as u, and their products with them as factors."""
-        config, cols = self.config.query, self.q.shape[3]
+        config, cols = self.sizes.query, self.q.shape[3]
         sizes = {"J": power_of_two(cols, 16), "L": power_of_two(dz.shape[3], 16)}
         constants = self._constants(factors) | sizes | {"KEYS": dz.shape[3], "ROWS": dz.shape[4]}
         grid = (self.k.shape[1] * self.k.shape[2], u.shape[0], 1)
@@ -90,7 +101,7 @@ class Pairs:
         """`stats` with delta times the scale."""
         arrays = {"alpha": alpha, "du": du, "c": c, "factors": factors, "products": products, "stats": stats}
         new = {"stats": _like(stats)}
-        return self._column("delta_pairs", self.config.delta, new, stats.shape[-1], arrays)["stats"]
+        return self._column("delta_pairs", self.sizes.delta, new, stats.shape[-1], arrays)["stats"]
 
     def _column(
         self, kernel: str, config: Config, new: dict, width: int, arrays: dict[str, jax.Array]

@@ -312,12 +312,12 @@ class RightBackwardConfig:
         """Columns l of a product: a multiple of 8."""
         return -(-cols // 8) * 8
 
-    def shared_memory(self, cols: int, dim: int) -> int:
-        """Bytes a block uses for tiles of `cols` columns."""
+    def shared_memory(self, cols: int, dim: int, *, values: bool = True) -> int:
+        """Bytes a block uses for tiles of `cols` columns; without `values`, an item has two tiles (`independent`)."""
         width = self.width(cols)
         scores = self.warpgroups * 2 * width * ROWS * 2
         if self.independent:
-            ahead = self.ring // 3
+            ahead = self.ring // (2 + values)
             rows, keys = self.ring * ROWS * dim * 2, self.warpgroups * 2 * width * dim * 2
             vectors = (ahead * ROWS * 4, self.warpgroups * width * 4)
             barriers = 2 * self.warpgroups * (ahead + 2) + ahead

@@ -226,8 +226,7 @@ def test_xla_is_chosen_where_triton_cannot_run(monkeypatch, change):
         ("bfloat16", 1, 8, "mosaic"),
         ("float32", 1, 8, "triton"),
         ("bfloat16", 2, 8, "mosaic"),
-        ("bfloat16", 3, 8, "triton"),
-        ("float16", 2, 8, "triton"),
+        ("float16", 3, 8, "mosaic"),
         ("bfloat16", 2, 64, "triton"),
         ("bfloat16", 1, 1560, "triton"),  # f,hw
     ],

@@ -91,7 +91,7 @@ def run_case(case: Case) -> dict[str, float]:
         tiles=tiles,
         split=(split.items, split.full, split.tail_rows, split.packed),
     )
-    config = pairs.PairsConfig(refine=Config(rows=0, keys=16), delta=Config(rows=0, keys=16))
+    config = dataclasses.replace(pairs.pairs_config(5), **dict.fromkeys(("refine", "delta"), Config(rows=0, keys=16)))
     own, plain = pairs.Pairs(**options, config=config), Written(**options)
     launch.call = call
     seen = plain.seen()

@@ -21,6 +21,7 @@ from monarchrt.pallas_kernels.sm90 import tuning
 from monarchrt.pallas_kernels.sm90.config import (
     SHARED_MEMORY,
     ForwardConfig,
+    FusedConfig,
     LeftBackwardConfig,
     LeftConfig,
     RightBackwardConfig,
@@ -141,10 +142,14 @@ def test_one_kernel_for_both_stages_is_for_cards_that_it_was_measured_on(monkeyp
     measured = there(tuning.forward(30, 52, 128))
     assert measured.fused.clusters == 7
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for kind, clusters in (("NVIDIA H200", 7), ("NVIDIA H100 80GB HBM3", 7), ("NVIDIA H20", 0)):
+    chosen = (
+        ("NVIDIA H200", measured.fused),
+        ("NVIDIA H100 80GB HBM3", FusedConfig(clusters=7)),
+        ("NVIDIA H20", FusedConfig()),
+    )
+    for kind, form in chosen:
         monkeypatch.setattr(jax, "devices", lambda kind=kind: [types.SimpleNamespace(device_kind=kind)])
-        expected = dataclasses.replace(measured, fused=dataclasses.replace(measured.fused, clusters=clusters))
-        assert tuning.forward(30, 52, 128) == expected
+        assert tuning.forward(30, 52, 128) == dataclasses.replace(measured, fused=form)
     with pytest.raises(ValueError, match="clusters=-1 is negative"):
         tuning.changed(measured, {"fused": {"clusters": -1}})
     with pytest.raises(ValueError, match="blocks=8 with columns=4 must be 16 with 4, 8 with 8 or 8 with 7"):
@@ -157,6 +162,14 @@ def test_clusters_that_cannot_serve_a_tile_are_refused():
     config = tuning.changed(forward_config(30, 52, 128), {"fused": dict(clusters=15, blocks=8, columns=8)})
     with pytest.raises(ValueError, match="columns=8 are for tiles of up to 16 x 64 and head_dim=128, not 30 x 52"):
         jax.eval_shape(lambda *a: forward(*a, scale=1.0, masked=False, config=config), x, x, x, seen)
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_products_under_way_are_for_calls_without_masks(few):
+    """With masks the compiler would wait for each: too few registers."""
+    plain, masked = (there(tuning.forward(30, 52, 128, few=few, masked=x)).fused for x in (False, True))
+    assert (plain.overlap, plain.resident, plain.clusters) == (True, True, 7)
+    assert (masked.overlap, masked.resident, masked.clusters) == (False, False, 7)
 
 
 def test_clusters_of_8_are_for_calls_without_masks():

@@ -127,12 +127,15 @@ def check_shared_memory(folder, rows, cols, tiles, dim, masked, gradient, *, e4m
         "monarch_left_backward_independent": backward.left.shared_memory(rows, dim),
         "monarch_left_refine_backward": backward.left.refine_shared_memory(rows, dim),
         "monarch_right_backward_independent": backward.keys.shared_memory(cols, dim),
+        "without values": backward.keys.shared_memory(cols, dim, values=False),
         "monarch_query_backward": backward.query.shared_memory(cols, dim),
     }
     for path in sorted(folder.glob("*.ptxas")):
         launch = (folder / f"{path.stem}.before_layout_inference.txt").read_text()
         used = int(there(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", launch))[1])
-        assert used == said[path.stem.rpartition("_")[0]], path.stem
+        name = path.stem.rpartition("_")[0]
+        of_steps = [said["without values"]] * (steps > 1 and name == "monarch_right_backward_independent")
+        assert used in (said[name], *of_steps), path.stem
         assert used <= SHARED_MEMORY
 
 
@@ -151,13 +154,15 @@ def check_shared_memory(folder, rows, cols, tiles, dim, masked, gradient, *, e4m
 def test_compiles_for_sm_90a(tmp_path, rows, cols, tiles, dim, masked):
     kernels, scratch = compile_and_read(tmp_path, rows, cols, tiles, dim, masked, False)
     if (rows, cols, dim) == (30, 52, 128):  # both stages in one kernel, for which nothing goes through memory
-        assert kernels == [(96, 8 if LATER else 0)]
+        [(registers, spilled)] = kernels
+        assert registers == 96
+        assert spilled <= ((8 if LATER else 0) if masked else 20)
         assert scratch <= 20 * 2**20  # the log-sum-exp before it is put in order
         return
     if rows == 15:
         [(registers, spilled)] = kernels
         assert registers == 96
-        assert spilled <= (112 if LATER else 40)  # outside of the loops over steps
+        assert spilled <= (112 if LATER else 124)  # with 7 columns a block, the fastest of the forms on a card
         return
     assert len(kernels) == 2
     for registers, spilled in kernels:
@@ -206,6 +211,8 @@ def test_gradient_compiles_for_sm_90a(tmp_path, rows, cols, tiles, dim, masked, 
 @pytest.mark.parametrize(("rows", "cols", "tiles"), [(90, 52, 7), (30, 52, 21)])
 def test_two_steps_compile_for_sm_90a(tmp_path, rows, cols, tiles):
     pytest.importorskip("jax_triton")
+    for name in ("forward", "backward"):
+        (tmp_path / name).mkdir()
     forward, _ = compile_and_read(tmp_path / "forward", rows, cols, tiles, 128, False, False, steps=2)
     assert forward == [(168, 0)] * 3
     backward, scratch = compile_and_read(tmp_path / "backward", rows, cols, tiles, 128, False, True, steps=2)
