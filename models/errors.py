@@ -116,7 +116,7 @@ def report_full_disk(
     """Turns a full disk inside the block into a `DiskFullError` that names the path and what is kept.
 
     Args:
-        path: What was being written.
+        path: The path that is written.
         kept: Text on what was saved, such as "the checkpoint of step 20 is kept", or a function that returns it.
         then: Advice to the user.
 

@@ -38,7 +38,7 @@ def _triton() -> Backend:
 
 @functools.cache
 def _mosaic() -> Backend:
-    """Of several refinement steps, what lies between two is Triton's."""
+    """Mosaic kernels, with Triton kernels between refinement steps if there are several."""
     from monarchrt import pallas_kernels, triton_kernels
 
     def supports(problem: Problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:

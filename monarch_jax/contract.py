@@ -123,7 +123,7 @@ class Side(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparseResiduals:
-    """What the forward pass of block-sparse attention keeps for the backward pass.
+    """The residuals of block-sparse attention: values that the forward pass keeps for the backward pass.
 
     Attributes:
         q: [B, Nq, H, D].
@@ -147,7 +147,7 @@ class SparseResiduals:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residuals:
-    """What the forward pass keeps for the backward pass; R and L are recomputed.
+    """The residuals: values that the forward pass keeps for the backward pass; R and L are recomputed.
 
     Attributes:
         q: [B, A, b1, b2, H, D].

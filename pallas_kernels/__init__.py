@@ -91,11 +91,9 @@ def forward_keeping(
     *,
     pairs: "PairKernels | None" = None,
 ) -> "tuple[jax.Array, jax.Array, tuple[jax.Array, ...] | None]":
-    """`forward`, and alpha, Y and c_L of all heads and query tiles for `vjp`, or None where `supports_vjp` objects.
+    """`forward`, which also returns alpha, Y and c_L of all heads and query tiles for `vjp`.
 
-    Of several refinement steps nothing is kept.
-
-    They are 4*D bytes for every pair of a query (a, j) and a key row (c, k) of a head: as much as a forward pass moves
+    They take 4*D bytes for every pair of a query (a, j) and a key row (c, k) of a head, as much as a forward pass moves
     through device memory in one direction.
 
     Args:
@@ -107,7 +105,8 @@ def forward_keeping(
         pairs: As in `forward`.
 
     Returns:
-        out, lse, and the tuple or None.
+        out, lse, and alpha, Y and c_L; None instead of these with several refinement steps, or if `supports_vjp` gives
+        a reason.
 
     Raises:
         NotImplementedError: If `supports` gives a reason.
@@ -156,12 +155,12 @@ def _given(problem: "Problem", pairs: "PairKernels | None") -> "PairKernels":
 def supports_vjp(
     problem: "Problem", q: "jax.ShapeDtypeStruct | jax.Array", k: "jax.ShapeDtypeStruct | jax.Array"
 ) -> str | None:
-    """Why the kernels cannot compute the gradient of a call, or None when they can.
+    """The reason why the kernels do not support the gradient of a call, or None if they do.
 
     Args:
         problem: `monarch_jax.contract.Problem`.
-        q: Query tiles [B, A, b1, b2, H, D], shape and dtype.
-        k: Key tiles [B, C, b1, b2, H, D], shape and dtype.
+        q: Shape [B, A, b1, b2, H, D] and dtype of the query tiles.
+        k: Shape [B, C, b1, b2, H, D] and dtype of the key tiles.
 
     Returns:
         The reason, or None.
@@ -183,10 +182,10 @@ def supports_vjp(
 def vjp(
     problem: "Problem", residuals: "Residuals", d_out: "jax.Array", *, pairs: "PairKernels | None" = None
 ) -> "tuple[jax.Array, jax.Array, jax.Array]":
-    """Gradients; R, and alpha, c_L and Y if not kept, are computed again, bitwise repeatable.
+    """Gradients, bitwise reproducible; R, and alpha, c_L and Y if they were not kept, are recomputed.
 
     Args:
-        problem: `monarch_jax.contract.Problem`; outside the last `grad_tiles` visible key tiles dk and dv are zero.
+        problem: `monarch_jax.contract.Problem`; dk and dv are zero outside the last `grad_tiles` visible key tiles.
         residuals: `monarch_jax.contract.Residuals`.
         d_out: [B, A, b1, b2, H, D].
         pairs: As in `forward`.

@@ -70,7 +70,7 @@ def over_any_cache(attend_cache: Callable[..., Array], *, no_context: Any) -> Ca
 
         def attend(query: Array, parts: Any, layers: list[Array], context: Any) -> Array:
             whole = jax.tree.unflatten(structure, parts)
-            if isinstance(cache, MonarchKVCache):  # with what only the writer of the newest block knows
+            if isinstance(cache, MonarchKVCache):  # keeps `_newest`, which is not part of the pytree
                 whole = cache.of_arrays(whole.key, whole.value, whole.length)
             return attend_cache(self, whole, query, layer=layers[0] if layers else layer, context=context)
 

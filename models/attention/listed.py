@@ -46,7 +46,7 @@ class Order(NamedTuple):
 
     @classmethod
     def either(cls, condition: Bool[Array, "B n"], one: "Order", other: "Order") -> "Order":
-        """One order or the other, by sample and head."""
+        """Selects between orders by sample and head: `one` where the condition holds, [B, heads]."""
         pairs = zip(one, other, strict=True)
         return cls(*(jnp.where(condition[..., None], a[None, None], b[None, None]) for a, b in pairs))
 
@@ -184,7 +184,16 @@ def _attend_stack(
 
 
 def either(condition: Bool[Array, "B n"], one: BlockMask, other: BlockMask) -> BlockMask:
-    """One mask or the other, by sample and head; both have the same number of blocks, of the same sizes."""
+    """Selects between masks by sample and head; both have the same number of blocks, of the same sizes.
+
+    Args:
+        condition: bool [B, heads], True for `one`.
+        one: A mask.
+        other: A mask.
+
+    Returns:
+        The mask.
+    """
 
     def choose(a: Any, b: Any) -> Array:
         longest = max(a.shape[-1], b.shape[-1])  # lists are padded; kernels do not read the padding

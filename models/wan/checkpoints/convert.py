@@ -373,10 +373,10 @@ class InspectOptions:
 
     Attributes:
         path: A folder or file with weights, or a Hugging Face repository owner/name.
-        weights: Which set of a .pt file: generator_ema, generator, critic or model.
+        weights: Which set in a .pt file: generator_ema, generator, critic or model.
         revision: Revision of a Hugging Face repository.
-        num_heads: Attention heads, for files without config.json whose heads are not of 128 channels.
-        head_dim: Channels of a head, likewise.
+        num_heads: Attention heads, for files without config.json whose heads do not have 128 channels.
+        head_dim: Channels per head, likewise.
     """
 
     path: str
