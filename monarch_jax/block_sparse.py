@@ -23,6 +23,7 @@ from monarch_jax.devices import on_cuda
 from monarch_jax.partitioning import anywhere, left_to_the_compiler
 
 IMPLEMENTATIONS = ("mosaic", "triton", "xla")
+LEAST_SCALE = 1e-8  # kernels take scores that are masked for -1e30 before they are scaled
 
 
 @jax.tree_util.register_dataclass
@@ -106,7 +107,7 @@ def block_mask(
         rows: Largest number of queries in a block; required if `query_starts` is a JAX array.
         columns: Largest number of keys in a block; required if `key_starts` is a JAX array.
         most: Largest number of key blocks that a query block sees, and so the length of the lists if `seen` is a JAX
-            array. None: all.
+            array; a query block that sees more then keeps its first ones in the order of `BlockLists`. None: all.
         cut: bool [B, H, Qb, Kb], which pairs of blocks the band may cut through; False asserts that the whole pair is
             in the band or the sink, so that kernels need no predicate. None: any pair may be cut.
         query_places: int32 [B, H, Nq], positions in the order in which the band is defined.
@@ -149,9 +150,9 @@ def block_mask(
     lengths = [xp.asarray(x)[..., 1:] - xp.asarray(x)[..., :-1] for x in starts]
     seen = seen & (lengths[0] > 0)[..., :, None] & (lengths[1] > 0)[..., None, :]
     shorter = [size - x for size, x in zip(sizes, lengths, strict=True)]  # than a block can be
-    keys = _lists(seen, uncut & (shorter[1] == 0)[..., None, :], shorter[1], most)
+    keys, seen = _lists(seen, uncut & (shorter[1] == 0)[..., None, :], shorter[1], most)
     across = [xp.swapaxes(x, -1, -2) for x in (seen, uncut & (shorter[0] == 0)[..., :, None])]
-    queries = _lists(across[0], across[1], shorter[0], None)
+    queries, _ = _lists(across[0], across[1], shorter[0], None)
     return BlockMask(
         query_starts=starts[0], key_starts=starts[1], keys=keys, queries=queries, query_places=query_places,
         key_places=key_places, rows=sizes[0], columns=sizes[1], width=width, sink=sink,
@@ -183,19 +184,25 @@ def _even(starts: Any, size: int) -> bool:
     return isinstance(starts, np.ndarray) and bool(np.isin(np.diff(starts), (0, size)).all())
 
 
-def _lists(seen: Any, whole: Any, shorter: Any, most: int | None) -> BlockLists:
-    """Lists of the block numbers along the last axis: whole blocks first, then by decreasing length; ties ascending."""
+def _lists(seen: Any, whole: Any, shorter: Any, most: int | None) -> tuple[BlockLists, Any]:
+    """Lists of the block numbers along the last axis, and which blocks are listed, at most `most`.
+
+    Whole blocks come first, then others by decreasing length; ties ascending.
+    """
     xp, blocks = (jnp, seen.shape[-1]) if isinstance(seen, jax.Array) else (np, seen.shape[-1])
-    count = seen.sum(-1).astype(np.int32)
     if xp is np:
-        longest = max(1, int(count.max(initial=0)))
+        longest = max(1, int(seen.sum(-1).max(initial=0)))
         if most is not None and longest > most:
             raise ValueError(f"most={most} blocks of keys, but a block of queries sees {longest}.")
         most = longest
     numbers = np.arange(blocks, dtype=np.int32)[None, None, None]
     rank = xp.where(whole, numbers, numbers + blocks * (1 + shorter[..., None, :]))
-    entries = xp.sort(xp.where(seen, rank, np.iinfo(np.int32).max), -1)[..., : most or blocks] % blocks
-    return BlockLists(entries=entries.astype(np.int32), whole=(seen & whole).sum(-1).astype(np.int32), count=count)
+    ranks = xp.where(seen, rank, np.iinfo(np.int32).max)
+    listed = xp.sort(ranks, -1)[..., : most or blocks]
+    if listed.shape[-1] < blocks:  # kernels would read beyond a list whose count is larger
+        seen = seen & (ranks <= listed[..., -1:])
+    whole, count = (x.sum(-1).astype(np.int32) for x in (seen & whole, seen))
+    return BlockLists(entries=(listed % blocks).astype(np.int32), whole=whole, count=count), seen
 
 
 def block_sparse_attention(
@@ -224,7 +231,8 @@ def block_sparse_attention(
         key: [B, Nk, H, D], likewise.
         value: [B, Nk, H, D], in the order of `key`.
         mask: The keys that each query sees, made by `block_mask`.
-        scale: Softmax scale, above 0 and at most 1e6; default D**-0.5.
+        scale: Softmax scale from 1e-8, below which kernels would not tell hidden keys from others, to 1e6; default
+            D**-0.5.
         implementation: "mosaic" (a kernel for Hopper GPUs and masks that are `even`; its gradients are those of
             "triton"), "triton" (kernels for NVIDIA GPUs from Ampere on), "xla" (the definition, block by block), or
             None: the fastest that supports the call on the default device.
@@ -243,6 +251,8 @@ def block_sparse_attention(
         isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf
     ):
         raise ValueError(f"scale={scale!r} is not a number above 0; leave it out for head_dim ** -0.5.")
+    if scale is not None and scale < LEAST_SCALE:
+        raise ValueError(f"scale={scale!r} is too small; use at least {LEAST_SCALE:g}, or multiply query by the rest.")
     chosen = choose(implementation, query, key, mask)
     factor = float(check_scale(dim**-0.5 if scale is None else scale, shown=scale))
     problem = _problem(mask, factor)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
+LEAST_SCALE = 1e-8  # some kernels take scores of columns that are none for -1e30 before they are scaled
 
 
 def supports(
@@ -44,6 +45,8 @@ def supports(
         return f"the inputs are {q.dtype.name}; the tensor cores take {' or '.join(DTYPES)}."
     if dim not in HEAD_DIMS:
         return f"head_dim={dim} is not {' or '.join(map(str, HEAD_DIMS))}."
+    if problem.scale < LEAST_SCALE:
+        return f"scale={problem.scale:g}; the kernels take {LEAST_SCALE:g} or more; use 'triton' or 'xla'."
     if right_config(cols, dim) is None:
         return f"b2={cols} columns of keys and values with head_dim={dim} do not fit a block's shared memory."
     if problem.num_iters > 1 and refined_config(rows, cols, dim) is None:
@@ -170,8 +173,6 @@ def supports_vjp(
         return reason
     if problem.intermediates:
         return f"intermediates={problem.intermediates!r}; the gradients take alpha and Y in the inputs' dtype."
-    if problem.num_iters > 1 and problem.scale == 0:
-        return f"num_iters={problem.num_iters} with scale=0; gradients of L's scores are divided by it."
     if rows > MOST_ROWS:
         return f"b1={rows} rows are above {MOST_ROWS}, whose gradients fit a block's registers."
     if cols > MOST_COLUMNS:

@@ -238,6 +238,17 @@ def test_a_hopper_gpu_takes_what_serves_the_call(monkeypatch, dtype, num_iters, 
     assert choose(None, Problem(scale=1.0, num_iters=num_iters), x, x).name == expected
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.2, 1e-9])
+def test_mosaic_takes_scales_above_zero(monkeypatch, scale):
+    """Columns that are none are hidden before scores are scaled; others scale first."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    fake_gpu(monkeypatch, "gpu", "PJRT C API\ncuda 13000", "9.0")
+    x = jax.ShapeDtypeStruct((1, 1, 30, 52, 1, 128), jnp.bfloat16)
+    assert choose(None, Problem(scale=scale), x, x).name == "triton"
+    with pytest.raises(NotImplementedError, match=rf"scale={scale:g}; the kernels take 1e-08 or more; use 'triton'"):
+        choose("mosaic", Problem(scale=scale), x, x)
+
+
 def test_several_steps_are_mosaics_by_name(monkeypatch):
     """What lies between two of them is Triton's, whose packages it takes."""
     x = jax.ShapeDtypeStruct((1, 2, 8, 8, 1, 64), jnp.bfloat16)

@@ -101,6 +101,18 @@ class TestDefinition:
                 listed = mine.count[at]
                 np.testing.assert_array_equal(mine.entries[at][:listed], theirs.entries[at][:listed])
 
+    def test_traced_lists_that_are_too_short(self):
+        """They hold the first blocks in order, of both sides the same pairs, and no count is above their length."""
+        seen = np.ones((1, 1, 2, 3), bool)
+        seen[0, 0, 1, 1] = False
+        made = jax.jit(
+            lambda seen: block_mask(seen, query_starts=[0, 4, 8], key_starts=[0, 3, 7, 11], columns=4, most=2)
+        )(seen)
+        assert made.keys.entries.tolist() == [[[[1, 2], [2, 0]]]]  # whole ones first
+        assert made.keys.count.tolist() == [[[2, 2]]]
+        assert made.keys.whole.tolist() == [[[2, 1]]]
+        assert made.queries.count.tolist() == [[[1, 1, 2]]]
+
     @pytest.mark.parametrize(
         ("changes", "word"),
         [
@@ -150,6 +162,7 @@ class TestDefinition:
             ((x, x[:, :3], x[:, :3]), {}, "key_starts end with 4; there are 3"),
             ((x, x, x.astype(jnp.bfloat16)), {}, "value is bfloat16, query float32"),
             ((x, x, x), dict(scale=0.0), "scale=0.0 is not a number above 0"),
+            ((x, x, x), dict(scale=1e-9), r"scale=1e-09 is too small; use at least 1e-08, or multiply query by"),
             ((x, x, x), dict(scale=1e38), r"scale=1e\+38 is too large for a softmax in float32"),
             ((x, x, x), dict(scale=10**400), r"scale=1000.* is too large for a softmax in float32"),
             ((x, x, x), dict(implementation="pallas"), "is not None or one of mosaic, triton, xla"),

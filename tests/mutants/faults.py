@@ -256,6 +256,7 @@ FAULTS = (
         "monarch_jax/block_sparse.py", "blocks * (1 + shorter[", "blocks * (1 + 0 * shorter[", TRITON, "interpreter_"
     ),
     Fault("monarch_jax/block_sparse.py", "np.diff(starts), (0, size)", "np.diff(starts), (0, 1, size)", SPARSE_KERNELS),
+    Fault("monarch_jax/block_sparse.py", "(ranks <= listed", "(ranks != listed", SPARSE_KERNELS, "too_short"),
     Fault(
         "triton_kernels/sparse.py", "level = tl.where(part >= n_all", "level = tl.where(part > n_all", TRITON, "interp"
     ),
