@@ -156,7 +156,8 @@ def test_compiles_for_sm_90a(tmp_path, rows, cols, tiles, dim, masked):
     if (rows, cols, dim) == (30, 52, 128):  # both stages in one kernel, for which nothing goes through memory
         [(registers, spilled)] = kernels
         assert registers == 96
-        assert spilled <= ((8 if LATER else 0) if masked else 20)
+        most = (8, 28) if LATER else (0, 20)
+        assert spilled <= most[not masked]
         assert scratch <= 20 * 2**20  # the log-sum-exp before it is put in order
         return
     if rows == 15:
@@ -217,7 +218,9 @@ def test_two_steps_compile_for_sm_90a(tmp_path, rows, cols, tiles):
     assert forward == [(168, 0)] * 3
     backward, scratch = compile_and_read(tmp_path / "backward", rows, cols, tiles, 128, False, True, steps=2)
     assert len(backward) == 7
-    assert max(spilled for _, spilled in backward) <= 120  # back through L of the last step, as of one
+    assert max(spilled for _, spilled in backward) <= (
+        124 if LATER else 112
+    )  # back through L of the last step, as of one
     assert max(registers for registers, _ in backward) <= 168
     assert sum(spilled == 0 for _, spilled in backward) == 5
     assert scratch <= 2300 * 2**20
