@@ -20,6 +20,7 @@ __all__ = ["Target", "compile_for", "forward", "missing_packages", "supports", "
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_DIM = 128
 LEAST_BLOCK = 4
+LEAST_SCALE = 1e-8  # in magnitude, for gradients
 
 
 def missing_packages() -> str | None:
@@ -63,7 +64,11 @@ def supports(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruc
 
 def supports_vjp(problem: "Problem", q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> str | None:
     """The reason why the kernels do not support the gradient of a call, or None; arguments are as in `supports`."""
-    return supports(problem, q, k)
+    if reason := supports(problem, q, k):
+        return reason
+    if abs(problem.scale) < LEAST_SCALE:
+        return f"scale={problem.scale:g}; gradients of L's scores are divided by it."
+    return None
 
 
 def forward(

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monarch_jax import backends, monarch_attention
+from monarch_jax import backends, monarch_attention, xla
 from monarch_jax.backends import AUTOMATIC, IMPLEMENTATIONS, choose, on_cuda
-from monarch_jax.contract import SAVED, Problem
+from monarch_jax.contract import SAVED, Problem, Residuals
 from tests.attention.suite import AttentionSuite, error, inputs, value_and_grads, with_grads
 from tests.untyped import there
 
@@ -247,6 +247,23 @@ def test_mosaic_takes_scales_above_zero(monkeypatch, scale):
     assert choose(None, Problem(scale=scale), x, x).name == "triton"
     with pytest.raises(NotImplementedError, match=rf"scale={scale:g}; the kernels take 1e-08 or more; use 'triton'"):
         choose("mosaic", Problem(scale=scale), x, x)
+
+
+@pytest.mark.parametrize("num_iters", [1, 2])
+def test_gradients_at_scale_zero_are_xlas(monkeypatch, num_iters):
+    """Triton's divide by it; there are none of the queries and the keys."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    x = jax.random.normal(jax.random.key(0), (1, 2, 4, 5, 1, 16))
+    problem, visible = Problem(scale=0.0, num_iters=num_iters), jnp.array([2, 2], jnp.int32)
+    kernels = importlib.import_module("monarchrt.triton_kernels")
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    assert kernels.supports(problem, shape, shape) is None
+    assert "scale=0; gradients of L's scores are divided" in kernels.supports_vjp(problem, shape, shape)
+    residuals = Residuals(x, x, x, visible, *xla.forward(problem, x, x, x, visible))
+    dq, dk, dv = backends._first_vjp(kernels)(problem, residuals, jnp.ones_like(x))
+    assert not dq.any()
+    assert not dk.any()
+    np.testing.assert_allclose(dv, 1.0, rtol=1e-5)  # all keys have the same weight
 
 
 def test_several_steps_are_mosaics_by_name(monkeypatch):

@@ -237,6 +237,7 @@ FAULTS = (
         TRITON,
         "in_place",
     ),
+    Fault("triton_kernels/__init__.py", "abs(problem.scale) < LEAST", "problem.scale < -LEAST", BACKENDS, "scale"),
     # block-sparse attention
     Fault("triton_kernels/sparse.py", "shrink = tl.exp2(top - new_top)", "shrink = 1.0", TRITON, "interpreter_agrees"),
     Fault("triton_kernels/sparse.py", "tl.minimum(n + 1, n_all", "tl.minimum(n, n_all", TRITON, "interpreter_agrees"),
