@@ -170,7 +170,7 @@ class TestTurns:
         np.testing.assert_array_equal(
             setting(*x, grid=BLOCK, context=Context(layer=0)), DenseAttention()(*x, grid=BLOCK)
         )
-        with pytest.raises(ValueError, match=r"layer=None is not known; call self.for_layer"):
+        with pytest.raises(ValueError, match=r"layer=None is not static; call self.for_layer"):
             setting(*x, grid=BLOCK)
 
 
