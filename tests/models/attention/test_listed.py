@@ -282,7 +282,7 @@ class TestChoice:
             setting(x, x, x, grid=(2, 2, 2))
         for module in (listed_kinds, svg2, top_k):
             monkeypatch.setattr(module, "on_cuda", lambda **_: True)
-        reason = "head_dim 256 is above 128" if "radial" in text else "its clusters|each query has"
+        reason = "head_dim 256 is above 128" if "radial" in text else "its clusters|each query keeps"
         with pytest.warns(UserWarning, match=f"{setting.name} runs in its exact form, .* or more: ({reason})"):
             setting(x, x, x, grid=(2, 2, 2))
         with warnings.catch_warnings():
