@@ -112,5 +112,5 @@ def test_a_kind_without_its_own_part_says_so():
     class Unfinished(DenseAttention):
         attend_clip = Attention.attend_clip
 
-    with pytest.raises(NotImplementedError, match="Unfinished has no attend_clip"):
+    with pytest.raises(NotImplementedError, match="Unfinished does not define attend_clip"):
         Unfinished()(*[jnp.zeros((1, 96, 2, 8))] * 3, grid=GRID, context=NO_CONTEXT)
