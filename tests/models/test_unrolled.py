@@ -166,7 +166,7 @@ def test_layers_are_read_in_place_only(model, text):
     unrolled = unroll_layers(model)
     layers, latents, times = unrolled.params.each(), jnp.zeros((1, 3, 4, 8, 16)), jnp.zeros(1)
     cache = init_cache(unrolled.model, text, frames=3, height=4, width=8, layers=layers)
-    with pytest.raises(ValueError, match="layers are given, which are for in_place=True"):
+    with pytest.raises(ValueError, match="layers need in_place=True"):
         cached_forward(unrolled.model, latents, times, cache, layers=layers)
 
 

@@ -164,7 +164,7 @@ def test_heads_that_a_file_does_not_tell(tmp_path):
     tensors = load_file(weights)
     bare = tmp_path / "bare.safetensors"
     save_file(tensors, bare)  # without the header that says them
-    with pytest.raises(UserError, match=r"give num_heads or head_dim, or write them down: .* --num-heads N"):
+    with pytest.raises(UserError, match=r"give num_heads or head_dim, or store it: .* --num-heads N"):
         open_checkpoint(config(checkpoint=str(bare)))
     for heads in ({"num_heads": 2}, {"head_dim": 12}):
         assert open_checkpoint(config(checkpoint=str(bare), **heads)).sizes.num_heads == 2
