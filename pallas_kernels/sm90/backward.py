@@ -5,6 +5,7 @@ through R to keys and values (`right_backward`) and to queries (`query`). Every 
 place in one order: no atomics, the same bits in every run. Memory beyond inputs and outputs is bounded.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,21 +66,9 @@ def backward(
     stats = output_stats(out, lse, d_out, scale, config)
     first = jnp.int32(0) if grad_tiles is None else (seen.max() - grad_tiles) * rows
     wanted = jnp.stack([first, seen.max() * rows])
-    places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
-    if len(places) == 1:
-        return _chunk(call, d_out, stats, wanted, config, kept, 0, 0)
-    summed = chunk_tiles < tiles
-    key_dtype = jnp.float32 if summed else k.dtype
-
-    def body(n, carry):
-        head, tile = jnp.array(places, jnp.int32)[n]
-        gradients = _chunk(call, d_out, stats, wanted, config, kept, head, tile)
-        return add_chunk(carry, gradients, head, tile, summed)
-
-    zeros = ((q.shape, q.dtype), (k.shape, key_dtype), (k.shape, key_dtype))
-    start = tuple(varying((jnp.zeros if summed else lax.empty)(*x), q, k, d_out) for x in zeros)
-    dq, dk, dv = lax.fori_loop(0, len(places), body, start)
-    return dq, dk.astype(k.dtype), dv.astype(k.dtype)
+    return sum_chunks(
+        call, d_out, lambda head, tile: _chunk(call, d_out, stats, wanted, config, kept, head, tile), dk_dtype=k.dtype
+    )
 
 
 def output_stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, scale: float, config: BackwardConfig) -> jax.Array:
@@ -146,7 +135,38 @@ def _chunk(
     return dq.reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
 
 
-def add_chunk(whole: Gradients, parts: Gradients, head: Index, tile: Index, summed: bool) -> Gradients:
+def sum_chunks(
+    call: Call, d_out: jax.Array, chunk: Callable[[Index, Index], Gradients], *, dk_dtype: jax.typing.DTypeLike
+) -> Gradients:
+    """All gradients in the inputs' dtypes, from those of one chunk after another.
+
+    Args:
+        call: The call.
+        d_out: The output's gradient.
+        chunk: dq of the chunk that starts at (head, tile), and its share of dk and dv.
+        dk_dtype: Dtype of that share of dk.
+
+    Returns:
+        dq, dk and dv.
+    """
+    q, k, v, places = call.q, call.k, call.v, call.places
+    if len(places) == 1:
+        dq, dk, dv = chunk(0, 0)
+        return dq, dk.astype(k.dtype), dv
+    summed = call.tiles < q.shape[1]  # several chunks have a share in a head's dk and dv
+
+    def body(n, whole):
+        head, tile = jnp.array(places, jnp.int32)[n]
+        return _add_chunk(whole, chunk(head, tile), head, tile, summed)
+
+    dtypes = (q.dtype, *(jnp.float32 if summed else dtype for dtype in (dk_dtype, v.dtype)))
+    zeros = zip((q.shape, k.shape, v.shape), dtypes, strict=True)
+    start = tuple(varying((jnp.zeros if summed else lax.empty)(*x), q, k, d_out) for x in zeros)
+    dq, dk, dv = lax.fori_loop(0, len(places), body, start)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _add_chunk(whole: Gradients, parts: Gradients, head: Index, tile: Index, summed: bool) -> Gradients:
     """A chunk's dq into the whole one, and its dk and dv added to those of its heads."""
     zero, head, tile = jnp.int32(0), jnp.int32(head), jnp.int32(tile)
     dq = lax.dynamic_update_slice(whole[0], parts[0], (zero, tile, zero, zero, head, zero))

@@ -5,6 +5,7 @@ rows can do without (`fused`).
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,12 @@ class Call:
     def pairs(self) -> int:
         """C*b1."""
         return self.k.shape[1] * self.k.shape[2]
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """First head and query tile of each chunk."""
+        tiles, heads = self.q.shape[1], self.q.shape[4]
+        return [(h, t) for h in range(0, heads, self.heads) for t in range(0, tiles, self.tiles)]
 
     def start(self, head: Index, tile: Index) -> jax.Array:
         """int32 [3]: a chunk's first head and query tile, and the pairs that anyone needs."""
@@ -137,11 +144,21 @@ def like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def put_chunk(whole: Pair, head: Index, tile: Index, parts: Pair) -> Pair:
-    """A chunk's output and log-sum-exp into the whole ones."""
-    at = [jnp.int32(x) for x in (0, tile, 0, 0, head, 0)]
-    out, lse = (lax.dynamic_update_slice(x, part, at[: x.ndim]) for x, part in zip(whole, parts, strict=True))
-    return out, lse
+def fill_chunks(call: Call, chunk: Callable[[Index, Index], Pair]) -> Pair:
+    """The whole output and log-sum-exp, from those of one chunk after another, `chunk(head, tile)`."""
+    q, k, places = call.q, call.k, call.places
+    if len(places) == 1:
+        return chunk(0, 0)
+    empty = (varying(lax.empty(q.shape, q.dtype), q, k), varying(lax.empty(q.shape[:-1], jnp.float32), q, k))
+
+    def body(n, whole):
+        head, tile = jnp.array(places, jnp.int32)[n]
+        at = [jnp.int32(x) for x in (0, tile, 0, 0, head, 0)]
+        parts = zip(whole, chunk(head, tile), strict=True)
+        out, lse = (lax.dynamic_update_slice(x, part, at[: x.ndim]) for x, part in parts)
+        return out, lse
+
+    return lax.fori_loop(0, len(places), body, empty)
 
 
 def forward(
@@ -184,17 +201,9 @@ def forward(
     limit = batch * heads * tiles * pair_bytes if keep else config.chunk_bytes
     chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, pair_bytes, limit)
     call = Call(q, k, v, limits, chunk_heads, chunk_tiles, scale, masked, config)
-    places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
-    if len(places) == 1:
-        out, lse, made = _chunk(call, 0, 0)
-        return out, lse, made if keep else None
-    empty = (varying(lax.empty(q.shape, q.dtype), q, k), varying(lax.empty(q.shape[:-1], jnp.float32), q, k))
-
-    def body(i, carry):
-        head, tile = jnp.array(places, jnp.int32)[i]
-        return put_chunk(carry, head, tile, _chunk(call, head, tile)[:2])
-
-    return *lax.fori_loop(0, len(places), body, empty), None
+    if keep:
+        return _chunk(call, 0, 0)
+    return *fill_chunks(call, lambda head, tile: _chunk(call, head, tile)[:2]), None
 
 
 def _chunk(call: Call, head: Index, tile: Index) -> tuple[jax.Array, jax.Array, Arrays]:

@@ -11,16 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from monarchrt.pallas_kernels.sm90.backward import Gradients, add_chunk, output_stats
+from monarchrt.pallas_kernels.sm90.backward import Gradients, output_stats, sum_chunks
 from monarchrt.pallas_kernels.sm90.config import SLAB, BackwardConfig, ForwardConfig, LeftConfig, column_blocks
-from monarchrt.pallas_kernels.sm90.forward import Arrays, Call, Pair, chunk_sizes, like, put_chunk, tiles_seen
+from monarchrt.pallas_kernels.sm90.forward import Arrays, Call, Pair, chunk_sizes, fill_chunks, like, tiles_seen
 from monarchrt.pallas_kernels.sm90.left_backward import left_backward_role
 from monarchrt.pallas_kernels.sm90.left_refine_backward import left_refine_backward_role
 from monarchrt.pallas_kernels.sm90.query import query_role
 from monarchrt.pallas_kernels.sm90.right_backward_independent import independent_role
-from monarchrt.pallas_kernels.sm90.shared import launch, varying
+from monarchrt.pallas_kernels.sm90.shared import launch
 from monarchrt.pallas_kernels.sm90.types import Index
 
 PairKernels = Callable[..., Any]
@@ -84,15 +83,14 @@ def _work(
     masked: bool,
     config: ForwardConfig,
     kernels: PairKernels,
-) -> tuple[_Work, list[tuple[int, int]]]:
-    """The work, and first head and query tile of its chunks, each of `limit` bytes of alpha and Y at most."""
+) -> _Work:
+    """The work, in chunks of `limit` bytes of alpha and Y at most."""
     batch, tiles, rows, cols, heads, dim = q.shape
     chunk_heads, chunk_tiles = chunk_sizes(batch, heads, tiles, 4 * k.shape[1] * rows * cols * dim, limit)
     limits = tiles_seen(visible, k.shape[1], masked) * rows
     call = Call(q, k, v, limits, chunk_heads, chunk_tiles, scale, masked, config)
-    places = [(h, t) for h in range(0, heads, chunk_heads) for t in range(0, tiles, chunk_tiles)]
     seen = jnp.minimum(visible, k.shape[1]).astype(jnp.int32) if masked else jnp.full(tiles, k.shape[1], jnp.int32)
-    return _Work(call, seen, num_iters, kernels), places
+    return _Work(call, seen, num_iters, kernels)
 
 
 def forward(
@@ -124,21 +122,13 @@ def forward(
         out [B, A, b1, b2, H, D] and lse [B, A, b1, b2, H] in float32.
     """
     sizes: dict[str, Any] = dict(num_iters=num_iters, scale=scale, masked=masked, config=config, kernels=kernels)
-    work, places = _work(q, k, v, visible, config.chunk_bytes, **sizes)
+    work = _work(q, k, v, visible, config.chunk_bytes, **sizes)
     width = -(-q.shape[2] // 8) * 8
 
     def chunk(head, tile):
         return work.call.tiled(*launch(*work.call.left(head, tile, work.steps(head, tile, width)[1])))
 
-    if len(places) == 1:
-        return chunk(0, 0)
-    empty = (varying(lax.empty(q.shape, q.dtype), q, k), varying(lax.empty(q.shape[:-1], jnp.float32), q, k))
-
-    def body(n, carry):
-        head, tile = jnp.array(places, jnp.int32)[n]
-        return put_chunk(carry, head, tile, chunk(head, tile))
-
-    return lax.fori_loop(0, len(places), body, empty)
+    return fill_chunks(work.call, chunk)
 
 
 def backward(
@@ -179,29 +169,18 @@ def backward(
     """
     forward = ForwardConfig(right=config.right, left=LeftConfig(key_block=SLAB))
     sizes: dict[str, Any] = dict(num_iters=num_iters, scale=scale, masked=masked, config=forward, kernels=kernels)
-    work, places = _work(q, k, v, visible, 2 * config.chunk_bytes // (num_iters + 1), **sizes)
+    work = _work(q, k, v, visible, 2 * config.chunk_bytes // (num_iters + 1), **sizes)
     seen = tiles_seen(visible, k.shape[1], masked)
     stats = output_stats(out, lse, d_out, scale, config)
     first = jnp.int32(0) if grad_tiles is None else (seen.max() - grad_tiles) * q.shape[2]
     wanted = jnp.stack([first, seen.max() * q.shape[2]])
 
-    def chunk(head, tile):
-        return _chunk(work, d_out, stats, wanted, config, head, tile)
-
-    if len(places) == 1:
-        dq, dk, dv = chunk(0, 0)
-        return dq, dk.astype(k.dtype), dv
-    summed = work.call.tiles < q.shape[1]
-    dtypes = (q.dtype, jnp.float32, jnp.float32 if summed else v.dtype)
-
-    def body(n, carry):
-        head, tile = jnp.array(places, jnp.int32)[n]
-        return add_chunk(carry, chunk(head, tile), head, tile, summed)
-
-    zeros = zip((q.shape, k.shape, v.shape), dtypes, strict=True)
-    start = tuple(varying((jnp.zeros if summed else lax.empty)(*x), q, k, d_out) for x in zeros)
-    dq, dk, dv = lax.fori_loop(0, len(places), body, start)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+    return sum_chunks(
+        work.call,
+        d_out,
+        lambda head, tile: _chunk(work, d_out, stats, wanted, config, head, tile),
+        dk_dtype=jnp.float32,
+    )
 
 
 def _chunk(
