@@ -1,25 +1,21 @@
 """The operation: check, choose a backend, tokens -> tiles -> backend -> tokens."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from monarch_jax import reference
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.backends import choose
-from monarch_jax.checks import array, check_scale, flag, index, positive
+from monarch_jax.checks import array, flag, index, positive, softmax_scale
 from monarch_jax.contract import Problem
 from monarch_jax.intermediates import check_intermediates
 from monarch_jax.partitioning import split_like, whole_tokens
 from monarch_jax.reference import MonarchFactors
 from monarch_jax.spec import MonarchSpec
 from monarch_jax.tiles import tiles_to_tokens, tokens_to_tiles, visible_tiles
-
-_NOT_NUMBERS = (bool, np.bool_, str, bytes)  # which float() would accept
 
 
 def monarch_attention(
@@ -259,20 +255,7 @@ def attend_tiles(
 
 def _problem(spec: MonarchSpec, head_dim: int, scale: float | None, kv_frames) -> Problem:
     masked = kv_frames is not None or min(spec.visible_tiles()) < spec.key_tiles
-    return Problem(scale=_scale(scale, head_dim), num_iters=spec.num_iters, masked=masked)
-
-
-def _scale(scale: float | None, head_dim: int) -> float:
-    """The softmax scale as a float."""
-    if scale is None:
-        return head_dim**-0.5
-    try:
-        factor = math.nan if isinstance(scale, _NOT_NUMBERS) else float(scale)
-    except (TypeError, ValueError, OverflowError):  # also raised by a tracer
-        factor = math.nan
-    if not math.isfinite(factor):
-        raise ValueError(f"scale={scale!r} is not a finite number; multiply query by one that is traced or an array.")
-    return check_scale(factor, shown=scale)
+    return Problem(scale=softmax_scale(scale, head_dim), num_iters=spec.num_iters, masked=masked)
 
 
 def _with_frames(spec: MonarchSpec, frames: int) -> MonarchSpec:

@@ -6,7 +6,6 @@ and query block and, for bands that cut through blocks, a predicate on tokens. O
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from monarch_jax._typing import Array, Bool, Float, Int
-from monarch_jax.checks import array, check_scale
+from monarch_jax.checks import LARGEST, array, brief, natural, positive, softmax_scale
 from monarch_jax.contract import SAVED, Side, SparseProblem, SparseResiduals, accumulator_dtype, vary_alike
 from monarch_jax.devices import on_cuda
 from monarch_jax.partitioning import anywhere, left_to_the_compiler
@@ -119,33 +118,51 @@ def block_mask(
         The mask.
 
     Raises:
-        ValueError: If shapes do not match, sizes are missing, or positions are given without a band.
+        ValueError: If an argument is invalid, shapes do not match, sizes are missing, or a part of a band is given
+            without the rest. The values of JAX arrays are not checked.
     """
     given = (seen, query_starts, key_starts, cut)
     xp: Any = jnp if any(isinstance(x, jax.Array) for x in given) else np
-    seen = xp.asarray(seen)
-    if seen.ndim != 4 or seen.dtype != bool:
-        raise ValueError(f"seen is {seen.dtype} {seen.shape}; it should be bool [B, H, blocks of queries, of keys].")
+    seen = _of_kind("seen", seen, np.bool_, "bool [B, H, blocks of queries, of keys]")
+    if seen.ndim != 4 or 0 in seen.shape:
+        raise ValueError(
+            f"seen has shape {seen.shape}; it should be [B, H, blocks of queries, of keys], at least one of each."
+        )
+    most = None if most is None else positive("most", most)
     starts, sizes = [], []
     for name, x, most_name, size, axis in (
         ("query_starts", query_starts, "rows", rows, 2),
         ("key_starts", key_starts, "columns", columns, 3),
     ):
-        x = x if isinstance(x, jax.Array) else np.asarray(x, np.int32)
+        size = None if size is None else positive(most_name, size)
+        x = _of_kind(name, x, np.integer, "integers [blocks + 1] or [B, H, blocks + 1]")
         x = x[None, None] if x.ndim == 1 else x
         if x.ndim != 3 or x.shape[-1] != seen.shape[axis] + 1:
             raise ValueError(f"{name} has shape {x.shape}; {seen.shape[axis]} blocks have {seen.shape[axis] + 1}.")
         if isinstance(x, np.ndarray):
             lengths = np.diff(x)
-            if (x[..., 0] != 0).any() or (lengths < 0).any():
-                raise ValueError(f"{name} should begin with 0 and not decrease: {x.ravel()[:4].tolist()} and so on.")
+            if (x[..., 0] != 0).any() or (lengths < 0).any() or x.max() > LARGEST:
+                raise ValueError(
+                    f"{name} should begin with 0 and not decrease, up to {LARGEST}: {x.ravel()[:4].tolist()} and so on."
+                )
             size = max(1, int(lengths.max()), size or 0)
         if size is None:
             raise ValueError(f"{most_name} is required if {name} is a JAX array: the tokens of the largest block.")
         starts.append(x.astype(np.int32))
         sizes.append(size)
-    if (width is None) != (query_places is None) or (width is None) != (key_places is None):
-        raise ValueError("width, query_places and key_places make up a band: give all of them, or none.")
+    query_places, key_places, width, sink = _band(query_places, key_places, width, sink)
+    if cut is not None:
+        cut = _of_kind("cut", cut, np.bool_, "bool [B, H, blocks of queries, of keys]")
+        if width is None:
+            raise ValueError("cut says where a band may cut through blocks; give width, query_places and key_places.")
+        if cut.ndim != 4 or cut.shape[2:] != seen.shape[2:]:
+            raise ValueError(f"cut has shape {cut.shape}; seen has {seen.shape}, whose last two sizes it should have.")
+    leads = {"seen": seen, "query_starts": starts[0], "key_starts": starts[1], "cut": seen if cut is None else cut}
+    for axis, what in ((0, "samples"), (1, "heads")):
+        if len({x.shape[axis] for x in leads.values()} - {1}) > 1:
+            shown = ", ".join(f"{name} for {x.shape[axis]}" for name, x in leads.items())
+            raise ValueError(f"the mask is for several numbers of {what}: {shown}; each should be 1 or the same.")
+    seen = xp.broadcast_to(seen, (*np.broadcast_shapes(*(x.shape[:2] for x in leads.values())), *seen.shape[2:]))
     uncut = xp.broadcast_to(width is None if cut is None else ~xp.asarray(cut), seen.shape)
     lengths = [xp.asarray(x)[..., 1:] - xp.asarray(x)[..., :-1] for x in starts]
     seen = seen & (lengths[0] > 0)[..., :, None] & (lengths[1] > 0)[..., None, :]
@@ -177,6 +194,36 @@ def apart(mask: BlockMask) -> tuple[list[Array], Callable[[list[Array]], BlockMa
         return jax.tree.unflatten(structure, [next(rest) if at else x for x, at in zip(parts, traced, strict=True)])
 
     return [x for x, at in zip(parts, traced, strict=True) if at], with_arrays
+
+
+def _of_kind(name: str, value: Any, kind: Any, form: str) -> "np.ndarray | jax.Array":
+    """A JAX array as it is, or a NumPy array of anything else; ValueError unless its entries are of this kind."""
+    try:
+        x = value if isinstance(value, jax.Array) else np.asarray(value)
+    except (ValueError, TypeError, OverflowError):  # such as rows of several lengths
+        x = np.asarray(None)
+    if not jnp.issubdtype(x.dtype, kind):
+        shown = f"of {x.dtype} {x.shape}" if isinstance(value, jax.Array | np.ndarray) else brief(value)
+        raise ValueError(f"{name} is {shown}; it should be {form}.")
+    return x
+
+
+def _band(query_places: Any, key_places: Any, width: int | None, sink: int) -> tuple[Any, Any, int | None, int]:
+    """The checked arguments of a band."""
+    if (width is None) != (query_places is None) or (width is None) != (key_places is None):
+        raise ValueError("width, query_places and key_places make up a band: give all of them, or none.")
+    sink = natural("sink", sink)
+    if width is None:
+        if sink:
+            raise ValueError(f"sink={sink} without a band; give width, query_places and key_places, or sink=0.")
+        return None, None, None, 0
+    places = []
+    for name, x in (("query_places", query_places), ("key_places", key_places)):
+        x = _of_kind(name, x, np.integer, "integers [B, H, tokens]")
+        if x.ndim != 3:
+            raise ValueError(f"{name} has shape {x.shape}; it should be [B, H, tokens], where B and H may be 1.")
+        places.append(x)
+    return *places, natural("width", width), sink
 
 
 def _even(starts: Any, size: int) -> bool:
@@ -246,15 +293,14 @@ def block_sparse_attention(
     """
     query, key, value = (array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     _check(query, key, value, mask)
-    dim = query.shape[-1]
-    if scale is not None and (
-        isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf
-    ):
-        raise ValueError(f"scale={scale!r} is not a number above 0; leave it out for head_dim ** -0.5.")
-    if scale is not None and scale < LEAST_SCALE:
-        raise ValueError(f"scale={scale!r} is too small; use at least {LEAST_SCALE:g}, or multiply query by the rest.")
+    factor = softmax_scale(scale, query.shape[-1])
+    if factor <= 0:
+        raise ValueError(f"scale={brief(scale)} is not a number above 0; leave it out for head_dim ** -0.5.")
+    if factor < LEAST_SCALE:
+        raise ValueError(
+            f"scale={brief(scale)} is too small; use at least {LEAST_SCALE:g}, or multiply query by the rest."
+        )
     chosen = choose(implementation, query, key, mask)
-    factor = float(check_scale(dim**-0.5 if scale is None else scale, shown=scale))
     problem = _problem(mask, factor)
     run = functools.partial(_attend if chosen == "xla" else functools.partial(_by_kernels, chosen), problem)
     given, with_arrays = apart(mask)
@@ -323,9 +369,11 @@ def _problem(mask: BlockMask, scale: float = 1.0) -> SparseProblem:
 
 def _check(query: Array, key: Array, value: Array, mask: BlockMask) -> None:
     """Raises ValueError if shapes or dtypes are inconsistent."""
+    if not isinstance(mask, BlockMask):
+        raise ValueError(f"mask is a {type(mask).__name__}; it should be a BlockMask, made by block_mask.")
     for name, x in {"query": query, "key": key, "value": value}.items():
-        if x.ndim != 4:
-            raise ValueError(f"{name} has shape {x.shape}; it should be [B, tokens, H, D].")
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name} has shape {x.shape}; it should be [B, tokens, H, D], each at least 1.")
         if x.dtype != query.dtype:
             raise ValueError(f"{name} is {x.dtype.name}, query {query.dtype.name}; use one dtype for all three.")
     batch, _, heads, dim = query.shape

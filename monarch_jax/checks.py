@@ -1,6 +1,7 @@
 """Argument checks whose errors name the argument, the value and a valid choice."""
 
 import difflib
+import math
 import operator
 from collections.abc import Iterable
 
@@ -12,6 +13,7 @@ from jax.typing import DTypeLike
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 LARGEST = 2**31 - 1  # largest size: indices are int32
 LARGEST_SCALE = 1e6  # largest softmax scale: scores beyond about 1e9 have no digits left for exp in float32
+_NOT_NUMBERS = (bool, np.bool_, str, bytes)  # which float() would accept
 _SHOWN = 80  # characters of a value in a message
 
 
@@ -29,31 +31,45 @@ def brief(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
-def check_scale(scale: float, *, shown: object) -> float:
-    """Checks that a softmax scale is not so large that ordinary scores exceed the precision of float32.
+def softmax_scale(scale: object, head_dim: int) -> float:
+    """Checks a softmax scale: a finite number that does not carry ordinary scores beyond the precision of float32.
 
     Examples:
-        >>> check_scale(1e38, shown=1e38)
+        >>> softmax_scale(None, 64)
+        0.125
+        >>> softmax_scale(1e38, 64)
         Traceback (most recent call last):
         ...
         ValueError: scale=1e+38 is too large for a softmax in float32; use at most 1e+06, or multiply query by the rest.
 
     Args:
-        scale: A finite number.
-        shown: The argument as the caller passed it, for the message.
+        scale: The number, or None for head_dim**-0.5.
+        head_dim: Channels of a head.
 
     Returns:
-        The scale.
+        The scale as a float.
 
     Raises:
-        ValueError: If its magnitude is above 1e6.
+        ValueError: If it is traced, an array or no finite number, or its magnitude is above 1e6.
     """
-    if abs(scale) > LARGEST_SCALE:
+    if scale is None:
+        return head_dim**-0.5
+    try:
+        factor = math.nan if isinstance(scale, _NOT_NUMBERS) else float(scale)  # pyright: ignore[reportArgumentType]
+    except OverflowError:  # an integer beyond every float
+        factor = LARGEST
+    except (TypeError, ValueError):  # also raised by a tracer
+        factor = math.nan
+    if not math.isfinite(factor):
         raise ValueError(
-            f"scale={brief(shown)} is too large for a softmax in float32; use at most {LARGEST_SCALE:g}, or multiply "
+            f"scale={brief(scale)} is not a finite number; multiply query by one that is traced or an array."
+        )
+    if abs(factor) > LARGEST_SCALE:
+        raise ValueError(
+            f"scale={brief(scale)} is too large for a softmax in float32; use at most {LARGEST_SCALE:g}, or multiply "
             f"query by the rest."
         )
-    return scale
+    return factor
 
 
 def positive(name: str, value: int, *, most: int = LARGEST) -> int:
@@ -85,6 +101,31 @@ def positive(name: str, value: int, *, most: int = LARGEST) -> int:
         raise ValueError(f"{name}={brief(value)} is not a positive integer.")
     if number > most:
         raise ValueError(f"{name}={brief(value)} is too large; it should be at most {most}.")
+    return number
+
+
+def natural(name: str, value: object) -> int:
+    """Checks an integer from 0 on.
+
+    Examples:
+        >>> natural("width", -1)
+        Traceback (most recent call last):
+        ...
+        ValueError: width=-1 is not an integer from 0 to 2147483647.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: The value to check.
+
+    Returns:
+        The value as an int.
+
+    Raises:
+        ValueError: If it is not an integer (booleans are not), negative, or too large.
+    """
+    number = _integer(value)
+    if number is None or not 0 <= number <= LARGEST:
+        raise ValueError(f"{name}={brief(value)} is not an integer from 0 to {LARGEST}.")
     return number
 
 

@@ -137,6 +137,9 @@ def _kept(x) -> Axes:
 def anywhere(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> Callable[..., tuple]:
     """Adds to `fn` a rule for vmap, which merges the mapped axis into the batch, and one for split operands.
 
+    Derivatives of the result raise NotImplementedError: forward and backward passes of kernels are such functions, and
+    second derivatives would need more kernels.
+
     Examples:
         >>> double = anywhere(lambda x: (2 * x,), ("b1h1",), ("b1h1",))
         >>> jax.vmap(double)(jnp.ones((3, 1, 2, 4, 5)))[0].shape
@@ -168,7 +171,17 @@ def anywhere(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[
             results = tuple(x.reshape(size, -1, *x.shape[1:]) for x in results)
         return results, (True,) * len(outputs)
 
-    return mapped
+    whole = jax.custom_jvp(lambda *args: mapped(*args))
+    whole.defjvp(_no_derivative)
+    return whole
+
+
+def _no_derivative(primals: tuple, tangents: tuple) -> tuple:
+    del primals, tangents
+    raise NotImplementedError(
+        "GPU kernels have first derivatives in reverse mode only (jax.grad, jax.vjp), no second ones; "
+        "use implementation='xla'."
+    )
 
 
 def _implicit(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> Callable[..., tuple]:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monarch_jax import partitioning
+from monarch_jax import partitioning, xla
+from monarch_jax.contract import Problem, differentiable
+from monarch_jax.partitioning import forward_anywhere, vjp_anywhere
 from tests.devices import on_devices
 
 PROGRAM = """
@@ -177,3 +179,19 @@ def test_rule_for_vmap(mapped):
     found = jax.vmap(partitioning.anywhere(fn, ("bd", "bc", "a"), ("bd", "b")), in_axes=axes)(*given)
     for x, y in zip(found, jax.vmap(fn, in_axes=axes)(*given), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "second", [lambda f: jax.grad(lambda x: jax.grad(f)(x).sum()), lambda f: jax.jacfwd(jax.grad(f))]
+)
+def test_kernels_have_no_second_derivatives(second):
+    """In the forward pass, and in the backward pass."""
+    kernel = differentiable(forward_anywhere(xla.forward), vjp_anywhere(xla.vjp))
+    q, k, v = jnp.ones((3, 1, 2, 2, 2, 1, 4))
+
+    def loss(q):
+        return kernel(Problem(scale=0.5), q, k, v, jnp.array([2, 2])).sum()
+
+    assert jax.grad(loss)(q).shape == q.shape
+    with pytest.raises(NotImplementedError, match="no second ones; use implementation='xla'"):
+        second(loss)(q)

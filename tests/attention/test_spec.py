@@ -48,6 +48,7 @@ GRID = (4, 6, 8)
         (dict(grid=(4.0, 6, 8)), r"grid\[0\]=4.0 is not a positive integer"),
         (dict(scale=jnp.inf), r"scale=inf is not a finite number; multiply query"),
         (dict(scale=-1e38), r"scale=-1e\+38 is too large for a softmax in float32; use at most 1e\+06, or multiply"),
+        (dict(scale=10**400), r"scale=1000.* is too large for a softmax in float32"),
         (dict(scale="half"), r"scale='half' is not a finite number"),
         (dict(kv_frames=2.5), r"kv_frames=2.5 is not an integer or an integer scalar of JAX"),
         (dict(kv_frames=True), r"kv_frames=True is not an integer"),
@@ -106,7 +107,7 @@ def test_scale_is_known_when_tracing(unchecked):
         jax.jit(lambda s: monarch_attention(q, k, v, grid=GRID, scale=s))(0.5)
 
 
-@pytest.mark.parametrize("scale", [10**400, "0.5", b"0.5", True, np.True_, float("inf")], ids=lambda x: repr(x)[:9])
+@pytest.mark.parametrize("scale", ["0.5", b"0.5", True, np.True_, float("inf")], ids=lambda x: repr(x)[:9])
 def test_what_is_no_scale(unchecked, scale):
     q, k, v, _ = inputs(0, (2, 3, 4), batch=1, heads=1)
     with pytest.raises(ValueError, match=r"scale=.* is not a finite number; multiply query by one that is traced"):

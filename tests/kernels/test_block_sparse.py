@@ -23,6 +23,7 @@ from tests.kernels.sparse_cases import CASES, Case, error
 from tests.kernels.test_triton import SHARED_MEMORY, compile_launch, gpu, interpreted, missing, poisoned  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
+BAND: dict[str, Any] = {"width": 3, "query_places": np.zeros((1, 1, 4), int), "key_places": np.zeros((1, 1, 4), int)}
 
 
 @pytest.fixture
@@ -122,9 +123,29 @@ class TestDefinition:
             (dict(seen=np.ones((1, 1, 2, 2))), "it should be bool"),
             (dict(width=3), "make up a band"),
             (dict(most=1), "a block of queries sees 2"),
+            (dict(most=0), "most=0 is not a positive integer"),
+            (dict(seen=np.ones((1, 1, 2, 0), bool), key_starts=[0]), r"seen has shape \(1, 1, 2, 0\); .* at least one"),
+            (dict(seen=np.ones((1, 1, 0, 2), bool), query_starts=[0]), r"seen has shape \(1, 1, 0, 2\)"),
+            (dict(seen=[[[[True], [True, False]]]]), "seen is .*; it should be bool"),
+            (dict(query_starts=[0, 2.5, 4]), r"query_starts is \[0, 2.5, 4\]; it should be integers"),
+            (dict(key_starts=None), "key_starts is None; it should be integers"),
+            (dict(key_starts=jnp.asarray([0.0, 2, 4]), columns=2), r"key_starts is of float32 \(3,\)"),
+            (dict(key_starts=[0, 2, 2**40]), "key_starts should .* up to 2147483647"),
+            (dict(rows=0), "rows=0 is not a positive integer"),
+            (dict(columns="4"), "columns='4' is not a positive integer"),
+            (dict(sink=1), "sink=1 without a band"),
+            (BAND | dict(width=-1), "width=-1 is not an integer from 0"),
+            (BAND | dict(width=1.5), "width=1.5 is not an integer from 0"),
+            (BAND | dict(sink=-1), "sink=-1 is not an integer from 0"),
+            (BAND | dict(query_places=np.arange(4)), r"query_places has shape \(4,\)"),
+            (BAND | dict(key_places=np.ones((1, 1, 4))), r"key_places is of float64 \(1, 1, 4\)"),
+            (BAND | dict(cut=np.ones((1, 1, 2, 2), int)), "cut is of int64 .*; it should be bool"),
+            (BAND | dict(cut=np.ones((1, 1, 2, 1), bool)), r"cut has shape \(1, 1, 2, 1\); seen has"),
+            (dict(cut=np.ones((1, 1, 2, 2), bool)), "cut says where a band may cut"),
+            (dict(seen=np.ones((1, 2, 2, 2), bool), key_starts=np.zeros((1, 3, 3), int)), "several numbers of heads"),
         ],
     )
-    def test_what_is_wrong_with_a_mask(self, changes, word):
+    def test_what_is_wrong_with_a_mask(self, unchecked, changes, word):
         options: dict[str, Any] = dict(seen=np.ones((1, 1, 2, 2), bool), query_starts=[0, 2, 4], key_starts=[0, 2, 4])
         options |= changes
         with pytest.raises(ValueError, match=word):
@@ -139,7 +160,7 @@ class TestDefinition:
             (dict(query_starts=[0, 1, 4]), False),
             (dict(rows=3), False),
             (dict(key_starts=jnp.asarray([0, 2, 4]), columns=2), False),
-            (dict(width=3, query_places=np.zeros((1, 1, 4)), key_places=np.zeros((1, 1, 4))), False),
+            (BAND, False),
         ],
     )
     def test_what_needs_no_mask(self, changes, even):
@@ -161,7 +182,10 @@ class TestDefinition:
             ((x[:, :3], x, x), {}, "query_starts end with 4; there are 3"),
             ((x, x[:, :3], x[:, :3]), {}, "key_starts end with 4; there are 3"),
             ((x, x, x.astype(jnp.bfloat16)), {}, "value is bfloat16, query float32"),
+            ((x[:0], x[:0], x[:0]), {}, r"query has shape \(0, 4, 3, 8\); .* each at least 1"),
+            ((x, x[:, :0], x[:, :0]), {}, r"key has shape \(1, 0, 3, 8\); .* each at least 1"),
             ((x, x, x), dict(scale=0.0), "scale=0.0 is not a number above 0"),
+            ((x, x, x), dict(scale="1"), "scale='1' is not a finite number"),
             ((x, x, x), dict(scale=1e-9), r"scale=1e-09 is too small; use at least 1e-08, or multiply query by"),
             ((x, x, x), dict(scale=1e38), r"scale=1e\+38 is too large for a softmax in float32"),
             ((x, x, x), dict(scale=10**400), r"scale=1000.* is too large for a softmax in float32"),
@@ -170,6 +194,8 @@ class TestDefinition:
         for arrays, options, word in calls:
             with pytest.raises(ValueError, match=word):
                 block_sparse_attention(arrays[0], arrays[1], arrays[2], mask, **options)
+        with pytest.raises(ValueError, match="mask is a ndarray; it should be a BlockMask"):
+            block_sparse_attention(x, x, x, np.ones((4, 4), bool))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.slow

@@ -285,7 +285,7 @@ FAULTS = (
         ("tests/train/test_command_line.py",),
         "written_otherwise",
     ),
-    Fault("monarch_jax/attention.py", "check_scale(factor, shown=scale)", "factor", ("tests/attention/test_spec.py",)),
+    Fault("monarch_jax/checks.py", "if abs(factor) > LARGEST_SCALE", "if factor > LARGEST_SCALE", SPEC),
     Fault("models/attention/listed.py", "if x.shape[:2] == (1, 1)", "if x.shape[0] == 1", LISTED, "heads_first"),
     Fault(
         "models/attention/listed.py",
