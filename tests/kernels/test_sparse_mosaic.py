@@ -191,7 +191,7 @@ class TestChoice:
         ("capability", "mask", "expected"),
         [
             (9.0, {}, "mosaic"),
-            (9.0, {"heads": 2}, "triton"),
+            (9.0, {"heads": 2}, "mosaic"),
             (9.0, {"dtype": jnp.float16}, "triton"),
             (9.0, {"size": 64}, "triton"),
             (9.0, {"even": False}, "triton"),
