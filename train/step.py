@@ -71,7 +71,12 @@ def make_train_step(
         (state, {role: batch}, due=(role, ...)) -> (state, {role: metrics}), where metrics are scalars: loss,
         grad_norm (before clipping), its parts by `gradient_norms`, learning_rate, finite (whether loss and gradient
         are), and those of the objective.
+
+    Raises:
+        ValueError: If `configs` names a network that there is not.
     """
+    if unknown := sorted(set(configs) - set(graphs)):
+        raise ValueError(f"configs has {unknown[0]!r}, but the networks are {', '.join(map(repr, graphs))}.")
 
     def update(role: str, roles: dict[str, RoleState], batch: Batch, draws: Any, done: Any) -> tuple[RoleState, Any]:
         own, training = roles[role], trainings[role]

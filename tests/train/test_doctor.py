@@ -138,11 +138,24 @@ def test_wrong_numbers_are_not_timed(monkeypatch):
         (["--heads", "0"], "heads is 0"),
         (["--tile", "1", "4", "6"], "--grid"),
         (["--grid", "2", "4", "6", "--tile", "1", "3", "6", "--no-speed"], "does not divide"),
+        (["--grid", "2", "0", "6"], "grid[1]=0 is not a positive integer"),
+        (["--num-iters", "101"], "num_iters=101 is too large"),
     ],
 )
 def test_bad_options(capsys, arguments, word):
+    """They are noticed before anything is printed."""
     assert cli.main(["doctor", *arguments]) == 2
-    assert word in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert word in printed.err
+    assert not printed.out
+
+
+def test_options_without_a_grid_are_of_the_default_cases(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "speed", lambda case: pytest.fail("not timed"))
+    cli.main(["doctor", "--heads", "3", "--head-dim", "64", "--num-iters", "2", "--no-speed"])
+    out = capsys.readouterr().out
+    for frames in (1, 3):
+        assert f"tile ({frames}, 30, 52), 3 heads of 64, 2 refinement steps, bfloat16: xla" in out
 
 
 def test_settings_are_checked_in_python_too():

@@ -61,6 +61,15 @@ def setup(**settings):
     return state, step
 
 
+def test_a_network_that_there_is_not():
+    graph, *_ = split_model(Linear(nnx.Rngs(0)))
+    training = make_training(OptimizerConfig(), updates=10)
+    with pytest.raises(ValueError, match="configs has 'studnet', but the networks are 'student'"):
+        make_train_step(
+            make_objective(FlowConfig()), {"student": graph}, {"student": training}, configs={"studnet": None}
+        )
+
+
 def params_of(state):
     return state.roles["student"].params
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from monarchrt.models.errors import UserError
 from monarchrt.train.cli.parsing import parse
@@ -52,12 +52,12 @@ class DoctorConfig:
 def doctor_command(arguments: Sequence[str]) -> int:
     """`monarchrt doctor`."""
     config = parse(DoctorConfig, arguments, prog="monarchrt doctor")
+    cases = _cases(config)
     from monarchrt.train import doctor
 
     wrong = _show("versions", doctor.versions())
     wrong += _show("machine", [doctor.driver(), doctor.devices()])
     wrong += _show("folders", doctor.folders())
-    cases = CASES if config.grid is None else (_case(config),)
     for case in cases:
         try:
             _show_choice(case, doctor.choice(case))
@@ -66,16 +66,27 @@ def doctor_command(arguments: Sequence[str]) -> int:
     if config.speed:
         import jax
 
-        case = cases[0] if config.grid or jax.default_backend() == "gpu" else SMALL
+        small = replace(SMALL, num_iters=config.num_iters)
+        case = cases[0] if config.grid or jax.default_backend() == "gpu" else small
         _show_speed(case, doctor.speed(case))
     print(f"\n{wrong} thing(s) to fix, marked with !" if wrong else "\nnothing to fix")
     return 1 if wrong else 0
 
 
-def _case(config: DoctorConfig) -> Case:
-    grid = config.grid or CASES[0].grid
-    tile = config.tile or (1, *grid[1:])
-    return Case(grid=grid, tile=tile, heads=config.heads, head_dim=config.head_dim, num_iters=config.num_iters)
+def _cases(config: DoctorConfig) -> list[Case]:
+    """The cases to check; raises UserError for one that is none."""
+    from monarch_jax import MonarchSpec
+
+    cases: Iterable[Case] = CASES
+    if config.grid is not None:
+        cases = [Case(grid=config.grid, tile=config.tile or (1, *config.grid[1:]))]
+    cases = [replace(case, heads=config.heads, head_dim=config.head_dim, num_iters=config.num_iters) for case in cases]
+    for case in cases:
+        try:
+            MonarchSpec(grid=case.grid, tile=case.tile, num_iters=case.num_iters)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    return cases
 
 
 def _show(title: str, findings: Iterable[Finding]) -> int:
@@ -90,16 +101,20 @@ def _show(title: str, findings: Iterable[Finding]) -> int:
     return wrong
 
 
+def _call(case: Case) -> str:
+    steps = f", {case.num_iters} refinement steps" if case.num_iters > 1 else ""
+    return f"grid {case.grid}, tile {case.tile}, {case.heads} heads of {case.head_dim}{steps}"
+
+
 def _show_choice(case: Case, choice: Choice) -> None:
-    call = f"grid {case.grid}, tile {case.tile}, {case.heads} heads of {case.head_dim}, bfloat16"
-    print(f"\nattention on {call}: {choice.chosen}")
+    print(f"\nattention on {_call(case)}, bfloat16: {choice.chosen}")
     for name, reason in choice.reasons.items():
         print(f"  {name:<22}{'supported' if reason is None else f'not supported: {reason}'}")
 
 
 def _show_speed(case: Case, speed: Speed) -> None:
     sys.stdout.flush()
-    print(f"\nspeed on grid {case.grid}, tile {case.tile}, forward")
+    print(f"\nspeed on {_call(case)}, forward")
     print(f"  {'dense':<22}{speed.dense:.2f} ms")
     print(f"  {speed.implementation:<22}{speed.monarch:.2f} ms, {speed.dense / speed.monarch:.1f} times as fast")
     if speed.expected is not None:
