@@ -150,6 +150,17 @@ def test_bad_options(capsys, arguments, word):
     assert not printed.out
 
 
+def test_what_is_too_large_for_a_cpu_is_not_timed(capsys, monkeypatch):
+    timed = []
+    speed = doctor.Speed(implementation="xla", monarch=1.0, dense=2.0, expected=None)
+    monkeypatch.setattr(doctor, "speed", lambda case: timed.append(case.grid) or speed)
+    cli.main(["doctor", "--grid", "21", "45", "80"])
+    assert "(grid (21, 45, 80) is too large for dense attention without a GPU)" in capsys.readouterr().out
+    cli.main(["doctor", *SMALL])
+    assert "too large" not in capsys.readouterr().out
+    assert timed == [(6, 15, 26), (2, 4, 6)]
+
+
 def test_options_without_a_grid_are_of_the_default_cases(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "speed", lambda case: pytest.fail("not timed"))
     cli.main(["doctor", "--heads", "3", "--head-dim", "64", "--num-iters", "2", "--no-speed"])

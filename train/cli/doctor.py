@@ -1,5 +1,6 @@
 """`monarchrt doctor`: what runs on this machine, why, and how fast."""
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from monarchrt.train.cli.parsing import parse
 from monarchrt.train.doctor import Case, Choice, Finding, Speed
 
 SMALL = Case(grid=(6, 15, 26), tile=(1, 15, 26), heads=2, head_dim=64)  # seconds on a CPU
+MOST_SCORES = 2**30  # bytes of dense attention's scores that are still timed on a CPU
 CASES = (Case(grid=(21, 30, 52), tile=(1, 30, 52)), Case(grid=(21, 30, 52), tile=(3, 30, 52)))
 
 
@@ -64,11 +66,10 @@ def doctor_command(arguments: Sequence[str]) -> int:
         except ValueError as error:
             raise UserError(str(error)) from None
     if config.speed:
-        import jax
-
-        small = replace(SMALL, num_iters=config.num_iters)
-        case = cases[0] if config.grid or jax.default_backend() == "gpu" else small
+        case = _timed(config, cases[0])
         _show_speed(case, doctor.speed(case))
+        if config.grid is not None and case != cases[0]:
+            print(f"  (grid {config.grid} is too large for dense attention without a GPU)")
     print(f"\n{wrong} thing(s) to fix, marked with !" if wrong else "\nnothing to fix")
     return 1 if wrong else 0
 
@@ -87,6 +88,16 @@ def _cases(config: DoctorConfig) -> list[Case]:
         except ValueError as error:
             raise UserError(str(error)) from None
     return cases
+
+
+def _timed(config: DoctorConfig, case: Case) -> Case:
+    """The case that is timed: a small one without a GPU, unless one was given whose dense scores fit the memory."""
+    import jax
+
+    scores = 4 * case.heads * math.prod(case.grid) ** 2  # bytes, in float32
+    if jax.default_backend() == "gpu" or (config.grid is not None and scores <= MOST_SCORES):
+        return case
+    return replace(SMALL, num_iters=config.num_iters)
 
 
 def _show(title: str, findings: Iterable[Finding]) -> int:
