@@ -88,18 +88,18 @@ def stages() -> None:
     """The two stages of one refinement step: from keys to alpha and Y, from these to the output."""
     figure, axis = plt.subplots(figsize=(9, 1.9), constrained_layout=True)
     boxes = {
-        "K, V\n[c, k, l]": (0, "#dbe4f3"),
-        "R: softmax over l\n$\\langle Q_{kj}, K_{kl} \\rangle$": (2.2, "#f3dfdb"),
-        "alpha, c, Y\n[a, c, j, k]": (4.6, "#e4f3db"),
-        "L: softmax over (c, k)\n$\\langle Q_{ij}, \\alpha_{jk} \\rangle - c_{jk}$": (6.9, "#f3dfdb"),
+        "Q [a, i, j]\nK, V [c, k, l]": (0, "#dbe4f3"),
+        "R: softmax over l\n$s\\,\\langle Q_{akj}, K_{ckl} \\rangle$": (2.2, "#f3dfdb"),
+        "alpha, $c_L$, Y\n[a, c, j, k]": (4.6, "#e4f3db"),
+        "L: softmax over (c, k)\n$s\\,\\langle Q_{aij}, \\alpha_{acjk} \\rangle - (c_L)_{acjk}$": (6.9, "#f3dfdb"),
         "O\n[a, i, j]": (9.3, "#dbe4f3"),
     }
     for text, (x, color) in boxes.items():
         axis.text(x, 0, text, ha="center", va="center", fontsize=10, bbox={"boxstyle": "round,pad=0.5", "fc": color})
-    for left, right in ((0.45, 1.3), (3.1, 3.95), (5.25, 5.85), (7.95, 8.85)):
+    for left, right in ((0.72, 1.33), (3.07, 3.92), (5.28, 5.85), (8.0, 8.85)):
         axis.annotate("", (right, 0), (left, 0), arrowprops={"arrowstyle": "->"})
-    axis.text(2.2, -0.75, "stage 1: in each tile column pair", ha="center", fontsize=9)
-    axis.text(6.9, -0.75, "stage 2: over all key tiles jointly", ha="center", fontsize=9)
+    axis.text(2.2, -0.75, "stage 1: for each pair of tiles (a, c)", ha="center", fontsize=9)
+    axis.text(6.9, -0.75, "stage 2: over all key tiles c jointly, with Q again", ha="center", fontsize=9)
     axis.set(xlim=(-0.7, 9.9), ylim=(-0.95, 0.45))
     axis.axis("off")
     figure.savefig(ASSETS / "stages.png", dpi=110)
