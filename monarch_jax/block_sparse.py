@@ -494,6 +494,8 @@ def _attend(problem: SparseProblem, query: Array, key: Array, value: Array, mask
         there = (columns < last[..., None]) & (listed < lists.count[:, :, number][..., None])[..., None]
         columns = jnp.minimum(columns, key.shape[1] - 1).reshape(*lead, -1)
         seen = there.reshape(*lead, 1, -1)
+        # what is not listed may be NaN, and 0 * NaN is NaN
+        keys, values = (jnp.where(jnp.swapaxes(seen, -1, -2), pick(x, columns), 0) for x in (k, v))
         if mask.width is not None:
             mine, theirs = (
                 place_of(mask.query_places, rows)[..., None],
@@ -502,12 +504,12 @@ def _attend(problem: SparseProblem, query: Array, key: Array, value: Array, mask
             near = (jnp.abs(mine - theirs) <= mask.width) | (theirs < mask.sink)
             whole = (listed < lists.whole[:, :, number][..., None])[..., None]
             seen &= near | jnp.broadcast_to(whole, there.shape).reshape(*lead, 1, -1)
-        scores = jnp.einsum("bhqd,bhkd->bhqk", pick(q, rows), pick(k, columns), preferred_element_type=dtype)
+        scores = jnp.einsum("bhqd,bhkd->bhqk", pick(q, rows), keys, preferred_element_type=dtype)
         scores = jnp.where(seen, scores * problem.scale, -jnp.inf)
         top = lax.stop_gradient(scores.max(-1, keepdims=True))
         weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))  # 0 where a row sees nothing
         total = weights.sum(-1, keepdims=True)
-        out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), pick(v, columns), preferred_element_type=dtype)
+        out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), values, preferred_element_type=dtype)
         return (out / jnp.where(total == 0.0, 1.0, total)).astype(query.dtype)
 
     out = lax.map(block, jnp.arange(starts.shape[-1] - 1))  # [Qb, B, H, rows, D]

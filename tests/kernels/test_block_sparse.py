@@ -173,6 +173,22 @@ class TestDefinition:
             with pytest.raises(ValueError, match=r"even=True, but it has a band, or blocks of (query|key)_starts hold"):
                 block_sparse_attention(x, x, x, dataclasses.replace(mask, even=True))
 
+    @pytest.mark.parametrize("starts", [[0, 4, 8], [0, 3, 8]])
+    def test_keys_that_are_not_listed_may_be_nan(self, starts):
+        """In the output and in the gradients; 0 * NaN would be NaN."""
+        mask = block_mask(np.array([[[[1, 0], [1, 0]]]], bool), query_starts=starts, key_starts=starts)
+        q, k, v = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 8, 1, 4)), jnp.float32)
+        unseen = (np.arange(8) >= starts[1])[None, :, None, None]
+
+        @jax.jit
+        def run(q, k, v):
+            out, vjp = jax.vjp(attention(mask, "xla"), q, k, v)
+            return out, *vjp(jnp.ones_like(out))
+
+        found = run(q, *(jnp.where(unseen, jnp.nan, x) for x in (k, v)))
+        for x, y in zip(found, run(q, k, v), strict=True):
+            np.testing.assert_array_equal(x, y)
+
     def test_what_is_wrong_with_a_call(self, unchecked):
         mask = block_mask(np.ones((1, 3, 1, 1), bool), query_starts=[0, 4], key_starts=[0, 4])
         x, y = jnp.zeros((1, 4, 3, 8)), jnp.zeros((1, 4, 2, 8))
