@@ -48,9 +48,8 @@ def supports(
 
 
 def preferred(problem: "SparseProblem", q: "jax.ShapeDtypeStruct | jax.Array") -> bool:
-    """Whether it was measured to be faster than the Triton kernel: blocks of 60 and heads of 128, in bfloat16."""
-    sizes = (problem.rows, problem.columns, q.shape[-1])
-    return problem.even and sizes == (60, 60, 128) and q.dtype.name == "bfloat16"
+    """Whether it was measured to be faster than the Triton kernel: blocks of 60 and heads of 128."""
+    return problem.even and (problem.rows, problem.columns, q.shape[-1]) == (60, 60, 128) and q.dtype.name in DTYPES
 
 
 def forward(

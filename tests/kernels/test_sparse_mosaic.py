@@ -192,7 +192,8 @@ class TestChoice:
         [
             (9.0, {}, "mosaic"),
             (9.0, {"heads": 2}, "mosaic"),
-            (9.0, {"dtype": jnp.float16}, "triton"),
+            (9.0, {"dtype": jnp.float16}, "mosaic"),
+            (9.0, {"dtype": jnp.float32}, "triton"),
             (9.0, {"size": 64}, "triton"),
             (9.0, {"even": False}, "triton"),
             (8.0, {}, "triton"),
