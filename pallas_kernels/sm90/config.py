@@ -464,6 +464,7 @@ class FusedConfig:
         resident: Whether a block takes the key rows with one k after another, whose query row it then loads once.
         overlap: Whether what makes key rows has a next product under way while it sends, for registers of what sums;
             its warps then wait for each other before they give room back.
+        direct: Whether the output leaves from registers, so that the next item's queries come while it is made.
     """
 
     clusters: int = 0
@@ -471,6 +472,7 @@ class FusedConfig:
     columns: int = 4
     resident: bool = False
     overlap: bool = False
+    direct: bool = False
 
     def __post_init__(self) -> None:
         if self.clusters < 0:

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from monarchrt.pallas_kernels.sm90 import cluster, shared
+from monarchrt.pallas_kernels.sm90 import cluster, cluster_store, shared
 from monarchrt.pallas_kernels.sm90.config import CLUSTER_VECTORS, ROWS, SLAB, FusedConfig
-from monarchrt.pallas_kernels.sm90.types import Index, Ref, Refs
+from monarchrt.pallas_kernels.sm90.types import Flag, Index, Ref, Refs
 
 LOG2E = math.log2(math.e)
 STAGES = 2  # buffers of alpha, c_L and Y
@@ -263,10 +263,16 @@ class _Block:
                 total = plgpu.layout_cast(jnp.zeros((ROWS, 8), f32), layout)
                 sums = plgpu.layout_cast(jnp.zeros((ROWS, self.dim), f32), layout)
                 top, total, sums = lax.fori_loop(
-                    0, steps, lambda i, carry: self.sum_step(done + i, carry), (top, total, sums)
+                    0, steps, lambda i, carry: self.sum_step(done + i, i == steps - 1, carry), (top, total, sums)
                 )
                 total = total.sum(axis=1)
                 means = sums * lax.broadcast_in_dim(1.0 / total, sums.shape, [0])
+                if self.form.direct:
+                    if self.sizes.masked:  # no step gave the queries' room back
+                        pl.when(steps == 0)(lambda: plgpu.barrier_arrive(self.columns_free))
+                    means, numbers = means.astype(self.sizes.dtype), (top + jnp.log2(total)) * (1 / LOG2E)
+                    self.store_columns(tile, head, means, numbers)
+                    return done + steps
                 plgpu.commit_smem()  # every warp has read its rows of the query tile, which the output replaces
                 cluster.put(self.columns_bytes, my_bytes, means.astype(self.sizes.dtype))
                 self.small[pl.ds(my_lse, ROWS)] = (top + jnp.log2(total)) * (1 / LOG2E)
@@ -279,8 +285,8 @@ class _Block:
             lax.fori_loop(0, self.rounds, item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-    def sum_step(self, t: Index, carry: Sums) -> Sums:
-        """Adds the pairs of step t to the running softmax of the columns."""
+    def sum_step(self, t: Index, last: Flag, carry: Sums) -> Sums:
+        """Adds the pairs of step t, the last of an item or not, to the running softmax of the columns."""
         sizes, group, passed = self.sizes, self.group, self.passed
         top, total, sums = carry
         stage, parity = self.stage_of(t)
@@ -300,6 +306,8 @@ class _Block:
             return acc[...]
 
         s = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((ROWS, CLUSTER_VECTORS), jnp.float32))
+        if self.form.direct:
+            pl.when(last)(lambda: plgpu.barrier_arrive(self.columns_free))
         entropies = (stage * 2 + group) * (4 * CLUSTER_VECTORS)
         s = cluster.logits(s, self.small, entropies, self.exponent, self.form.together)
         cluster.give_back(passed, 2 * STAGES + stage, self.form.blocks)
@@ -309,6 +317,19 @@ class _Block:
         sums = cluster.add_products(sums, weights, self.y_bytes, at)
         cluster.give_back(passed, 3 * STAGES + stage, self.form.blocks)
         return top, total, sums
+
+    def store_columns(
+        self, tile: Index, head: Index, means: Float[Array, "64 128"], numbers: Float32[Array, "64"]
+    ) -> None:
+        """Stores the columns' output and log-sum-exp from registers: nothing waits in the room of their queries."""
+        sizes, form, together = self.sizes, self.form, self.form.together
+        first = self.block * form.columns + together * self.group
+        count = jnp.minimum(sizes.cols - first, form.columns - together * self.group)
+        place = (tile * sizes.rows * sizes.cols + first) * sizes.heads + head
+        steps = (sizes.cols * sizes.heads, sizes.heads)
+        cluster_store.output(self.out, place, count, means, rows=sizes.rows, steps=steps, together=together)
+        place = ((tile * sizes.heads + head) * sizes.cols + first) * form.rows
+        cluster_store.numbers(self.lse, place, count, numbers, together=together)
 
     def send_columns(self, tile: Index, head: Index, my_lse: Index) -> None:
         """Starts the copies of the columns' output and log-sum-exp."""

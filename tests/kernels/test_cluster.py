@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
-from monarchrt.pallas_kernels.sm90 import cluster, fused
+from monarchrt.pallas_kernels.sm90 import cluster, cluster_store, fused
 from monarchrt.pallas_kernels.sm90.config import FusedConfig
 from tests.kernels.warpgroup import BLOCK_BYTES, matrix, mlir, number, registers, run
 
@@ -112,6 +112,30 @@ def test_every_vector_is_sent_where_it_is_summed(monkeypatch, form, cols):
                 assert barrier == owner * BLOCK_BYTES + barriers + 8 * 2
                 assert number_ == right[0]
     assert not memory
+
+
+@pytest.mark.parametrize(("together", "rows", "count"), [(2, 30, 2), (2, 32, 1), (4, 15, 4), (4, 7, 3), (4, 16, 0)])
+def test_output_and_numbers_are_stored_in_their_place(monkeypatch, together, rows, count):
+    """Every row of the columns that there are, from the order of Y's columns, and nothing else."""
+    values = np.arange(64 * 128, dtype=np.float32).reshape(64, 128)
+    height, steps, place = 64 // together, (640, 12), 17
+    lse, memory, numbers = np.arange(64, dtype=np.float32), {}, {}
+    with mlir():
+        held = registers(values)
+        options = {"rows": rows, "steps": steps, "together": together}
+        run(monkeypatch, cluster_store, "output", 4096, number(place), number(count), held, memory=memory, **options)
+        args = 1024, number(place), number(count), registers(lse)
+        run(monkeypatch, cluster_store, "numbers", *args, memory=numbers, together=together)
+    right = values.reshape(64, 4, 4, 4, 2).transpose(0, 1, 3, 2, 4).reshape(64, 128)  # of 32, [n, p, 2] as [p, n, 2]
+    for column in range(count):
+        for row in range(rows):
+            at = 4096 + (place + row * steps[0] + column * steps[1]) * 256
+            found = [memory.pop(at + 4 * n) for n in range(64)]
+            np.testing.assert_array_equal(np.array(found).reshape(128), right[column * height + row])
+        for row in range(height):
+            assert numbers.pop(1024 + 4 * (place + column * height + row)) == lse[column * height + row]
+    assert not memory
+    assert not numbers
 
 
 @pytest.mark.parametrize("together", [2, 4])

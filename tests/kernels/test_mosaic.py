@@ -168,8 +168,8 @@ def test_clusters_that_cannot_serve_a_tile_are_refused():
 def test_products_under_way_are_for_calls_without_masks(few):
     """With masks the compiler would wait for each: too few registers."""
     plain, masked = (there(tuning.forward(30, 52, 128, few=few, masked=x)).fused for x in (False, True))
-    assert (plain.overlap, plain.resident, plain.clusters) == (True, True, 7)
-    assert (masked.overlap, masked.resident, masked.clusters) == (False, False, 7)
+    assert (plain.overlap, plain.resident, plain.direct, plain.clusters) == (True, True, True, 7)
+    assert (masked.overlap, masked.resident, masked.direct, masked.clusters) == (False, False, False, 7)
 
 
 def test_clusters_of_8_are_for_calls_without_masks():

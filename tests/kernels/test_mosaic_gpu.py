@@ -180,8 +180,10 @@ def test_chunks_change_nothing(rows):
 FUSED = [
     dict(clusters=7),
     dict(clusters=7, resident=True, overlap=True),
+    dict(clusters=7, resident=True, overlap=True, direct=True),
     dict(clusters=15, blocks=8, columns=8),
     dict(clusters=15, blocks=8, columns=7, resident=True, overlap=True),
+    dict(clusters=15, blocks=8, columns=7, resident=True, overlap=True, direct=True),
 ]
 
 

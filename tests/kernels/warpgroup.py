@@ -4,6 +4,7 @@ Stands in for the MLIR dialects: an operation computes at once. Both sides of a 
 """
 
 import contextlib
+import re
 import types
 
 import jax
@@ -14,6 +15,9 @@ import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
+
+from monarchrt.pallas_kernels.sm90 import cluster
+from tests.untyped import there
 
 THREAD = np.arange(128)
 ROW = 16 * (THREAD // 32) + THREAD % 32 // 4  # of the first half; the second is 8 below
@@ -134,11 +138,11 @@ def number(x):
 BLOCK_BYTES = 1 << 20  # from the shared memory of a block of a cluster to the next block's
 
 
-def run(monkeypatch, cluster, step, *args, memory=None, **options):
-    """Calls a step of `pallas_kernels.sm90.cluster` on what `registers` gives and other arguments.
+def run(monkeypatch, module, step, *args, memory=None, **options):
+    """Calls a step of `pallas_kernels.sm90.cluster` or `cluster_store` on what `registers` gives and other arguments.
 
     A reference is the byte at which it starts. `memory`, of the whole cluster, has a number for every 4 bytes, or a
-    pair where they are two of 16 bits: by byte. What is stored there is noted with the byte of the barrier.
+    pair where they are two of 16 bits: by byte. What is sent there is noted with the byte of the barrier.
     """
     block, memory = [], {} if memory is None else memory
 
@@ -154,6 +158,15 @@ def run(monkeypatch, cluster, step, *args, memory=None, **options):
         [x, *rest] = [operand.x for operand in operands]
         if "mapa" in text:
             return Value(x + rest[0] * BLOCK_BYTES, result)
+        if "st.global" in text:
+            flag, *stored = rest
+            at = int(there(re.search(r"\[\$0(?:\+(\d+))?\]", text))[1] or 0)
+            for n, value in enumerate(stored):
+                for thread in np.flatnonzero(flag):
+                    place = int(x[thread]) + at + 4 * n
+                    assert place not in memory, "stored twice"
+                    memory[place] = value[thread]
+            return None
         if "st.async" in text:
             flag, barrier, *stored = rest
             for n, value in enumerate(stored):
@@ -177,9 +190,12 @@ def run(monkeypatch, cluster, step, *args, memory=None, **options):
         "scf": types.SimpleNamespace(IfOp=_If, yield_=lambda values: block[-1].extend(values)),
         "_ptx": ptx,
         "_inline": lambda *_, **__: lambda function: function,
+        "_global": lambda array, units, size: Value(array + units.x * size, None),
         "_address": lambda reference: Value(np.full(128, reference), None),
         "_unpack": lambda loaded, count, kind=None: [Value(x, kind) for x in loaded[:count]],
-        "utils": types.SimpleNamespace(bitcast=lambda x, _: x, dtype_to_ir_type=utils.dtype_to_ir_type),
+        "utils": types.SimpleNamespace(
+            bitcast=lambda x, _: x, dtype_to_ir_type=utils.dtype_to_ir_type, bytewidth=utils.bytewidth
+        ),
         "llvm": types.SimpleNamespace(StructType=types.SimpleNamespace(get_literal=lambda kinds: kinds)),
         "jnp": types.SimpleNamespace(
             int32=lambda x: number(x) if isinstance(x, int) else x, float32=jnp.float32, dtype=jnp.dtype
@@ -190,10 +206,12 @@ def run(monkeypatch, cluster, step, *args, memory=None, **options):
     }
     with monkeypatch.context() as patch:
         for name, value in replaced.items():
-            patch.setattr(cluster, name, value)
+            for where in {cluster, module}:
+                if hasattr(where, name):
+                    patch.setattr(where, name, value)
         jaxtyping.config.update("jaxtyping_disable", True)  # what it is given are no arrays of JAX
         try:
-            return getattr(cluster, step)(*args, **options)
+            return getattr(module, step)(*args, **options)
         finally:
             jaxtyping.config.update("jaxtyping_disable", False)
 

@@ -1,0 +1,99 @@
+"""Stores from registers to device memory, of a warpgroup that sums columns in `fused`, in PTX as `cluster`'s."""
+
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+from jaxtyping import Array, Float, Float32
+
+from monarchrt.pallas_kernels.sm90.cluster import (
+    INT,
+    LAYOUT,
+    REF,
+    _add,
+    _below,
+    _constant,
+    _flag,
+    _i32,
+    _inline,
+    _part,
+    _ptx,
+    _registers,
+    _scalar,
+    _thread,
+    _times,
+)
+from monarchrt.pallas_kernels.sm90.config import ROWS
+from monarchrt.pallas_kernels.sm90.types import Index, Ref
+
+
+def _place(together: int, half: int) -> tuple[ir.Value, ir.Value]:
+    """Which of a warpgroup's columns, and which of its rows, one of the two rows of this thread is of."""
+    row = _add(_times(_part(_thread(), 5, 2), 16), _part(_thread(), 2, 3), _constant(8 * half))
+    bits = (ROWS // together).bit_length() - 1
+    return arith.shrui(row, _constant(bits)), _part(row, 0, bits)
+
+
+def _global(array: ir.Value, units: ir.Value, size: int) -> ir.Value:
+    """Address of a number of units of `size` bytes from the start of an array in device memory."""
+    i64 = ir.IntegerType.get_signless(64)
+    offset = arith.muli(arith.extui(i64, units), arith.constant(i64, ir.IntegerAttr.get(i64, size)))
+    return arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(array)), offset)
+
+
+_KEEP = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global"
+
+
+def output(
+    out: Ref,
+    place: Index,
+    count: Index,
+    values: Float[Array, "64 128"],
+    *,
+    rows: int,
+    steps: tuple[int, int],
+    together: int,
+) -> None:
+    """Writes O [64, 128] in 16 bits, whose columns are as Y's, in their right order to device memory.
+
+    Args:
+        out: The whole output, vectors of 128.
+        place: Which of them is row 0 of the warpgroup's first column.
+        count: Columns that there are, of `together`.
+        values: Rows i of one column after another.
+        rows: Rows of a column that there are.
+        steps: Vectors from a row to the next, and from a column to the next.
+        together: Columns.
+    """
+
+    @_inline(REF, INT, INT, LAYOUT)
+    def run(out, place, count, values):
+        for half in range(2):
+            column, row = _place(together, half)
+            number = _add(_scalar(place), _times(row, steps[0]), _times(column, steps[1]))
+            there = arith.cmpi(arith.CmpIPredicate.slt, column, _scalar(count))
+            there = _flag(arith.andi(there, _below(row, rows)))
+            base = _global(out, _add(_times(number, 16), _part(_thread(), 0, 2)), 16)
+            for g in range(4):
+                registers = _registers(values, (2 * (4 * g + m) + half for m in range(4)))
+                text = _KEEP + f".v4.b32 [$0+{64 * g}], {{$2, $3, $4, $5}}; }}"
+                _ptx(text, base, there, *registers, constraints="l,r,r,r,r,r,~{memory}")
+
+    run(out, jnp.int32(place), jnp.int32(count), values)
+
+
+def numbers(array: Ref, place: Index, count: Index, values: Float32[Array, "64"], *, together: int) -> None:
+    """Writes a number for each row of the columns, one after another, from number `place` of an array on."""
+
+    @_inline(REF, INT, INT, LAYOUT.reduce(1))
+    def run(array, place, count, values):
+        lane = _part(_thread(), 0, 2)
+        for half in range(2):
+            column, row = _place(together, half)
+            there = arith.cmpi(arith.CmpIPredicate.slt, column, _scalar(count))
+            there = _flag(arith.andi(there, _below(lane, 1)))
+            at = _global(array, _add(_scalar(place), _times(column, ROWS // together), row), 4)
+            x = utils.bitcast(values.registers.flat[half], _i32())
+            _ptx(_KEEP + ".b32 [$0], $2; }", at, there, x, constraints="l,r,r,~{memory}")
+
+    run(array, jnp.int32(place), jnp.int32(count), values)
