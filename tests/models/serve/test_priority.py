@@ -8,6 +8,7 @@ import threading
 import jax
 import pytest
 
+from monarchrt.models.media import reading
 from monarchrt.models.serve import priority
 from monarchrt.models.serve.priority import RAISED, raise_threads, set_priority
 
@@ -65,6 +66,27 @@ def test_a_thread_that_has_ended_is_passed_over(raised, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "setpriority", set_)
     assert raise_threads(process=tmp_path)
     assert raised == {2: RAISED}
+
+
+@pytest.mark.parametrize(("given", "then"), [(0, 10), (RAISED, 10), (5, 15)])
+def test_uploads_are_not_read_at_the_servers_priority(monkeypatch, tmp_path, given, then):
+    now = [given]
+
+    def nice(more):
+        now[0] += more
+        return now[0]
+
+    monkeypatch.setattr(os, "nice", nice)
+    monkeypatch.setattr(reading, "_limit", lambda *_: None)
+    asked = {
+        "seconds": 1,
+        "memory": 1,
+        "name": str(tmp_path / "none.mp4"),
+        "clip": {"height": 8, "width": 8},
+        "out": "",
+    }
+    assert reading._main(asked) == 2
+    assert now == [then]
 
 
 def test_on_other_systems(raised, tmp_path):
