@@ -99,6 +99,7 @@ class Samples:
         frames: Number of frames of each of these blocks.
         programs: Events of programs compiled during the stream.
         stages: Times of each block by stage.
+        paced: The same of a video that is generated at the speed of playback.
         texts: Further encodings of the prompt.
     """
 
@@ -108,6 +109,7 @@ class Samples:
     frames: list[int] = field(default_factory=list)
     programs: list[str] = field(default_factory=list)
     stages: dict[str, list[float]] = field(default_factory=dict)
+    paced: dict[str, list[float]] = field(default_factory=dict)
     texts: list[float] = field(default_factory=list)
 
 
@@ -128,14 +130,18 @@ def measure(engine: Engine, *, blocks: int, fps: float = 16.0, prompt: str | Non
     return summarize(engine, samples, fps=fps)
 
 
-def take_samples(engine: Engine, samples: Samples, *, blocks: int, prompt: str | None = None) -> None:
-    """Times the three videos of `measure`, whose arguments it has.
+def take_samples(
+    engine: Engine, samples: Samples, *, blocks: int, prompt: str | None = None, pace: float | None = None
+) -> None:
+    """Times the three videos of `measure`, whose arguments it has, and with `pace` a fourth.
 
     Args:
         engine: As in `measure`.
         samples: Filled as times are taken, so that it holds what there is if this is interrupted.
         blocks: As in `measure`.
         prompt: As in `measure`.
+        pace: Frames per second at which a further video is generated, stage by stage, each block when its first frame
+            is due: as sessions generate by default. Between blocks the device is idle, so it may run at a higher clock.
     """
     said = engine.sample if prompt is None else prompt
     begin = time.perf_counter()
@@ -149,6 +155,8 @@ def take_samples(engine: Engine, samples: Samples, *, blocks: int, prompt: str |
     jax.block_until_ready(video.generate())
     _stream(engine, texts, blocks, arrivals=samples.arrivals, frames=samples.frames, programs=samples.programs)
     _stages(engine, texts, min(blocks, STAGED), samples.stages)
+    if pace is not None:
+        _stages(engine, texts, min(blocks, STAGED), samples.paced, pace=pace)
     for _ in range(ENCODED):
         samples.texts.append(_seconds(lambda: engine.embed_anew(said)))
 
@@ -193,6 +201,7 @@ def measured(samples: Samples, *, fps: float) -> dict[str, Any]:
         steady["p99_over_p50"] = float(np.percentile(between, 99) / np.percentile(between, 50))
     stages = {"text": samples.texts} | {name: taken[2:] or taken for name, taken in samples.stages.items()}
     steady |= {f"{name}_ms": percentiles(seconds) for name, seconds in stages.items() if seconds}
+    paced = {f"{name}_ms": percentiles(taken[2:] or taken) for name, taken in samples.paced.items() if taken}
     if arrivals:
         steady |= {"frames_per_second": sum(frames) / arrivals[-1], "compiled": len(samples.programs)}
     seen = cadence(arrivals, frames, fps=fps) if len(arrivals) > 1 else None
@@ -201,6 +210,7 @@ def measured(samples: Samples, *, fps: float) -> dict[str, Any]:
         "frames": sum(frames),
         "cold": cold,
         "steady": steady,
+        **({"paced": paced} if paced else {}),
         "cadence": {"fps": fps} if seen is None else {"fps": fps} | dataclasses.asdict(seen),
     }
 
@@ -257,14 +267,21 @@ def _stream(
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def _stages(engine: Engine, texts: Any, blocks: int, took: dict[str, list[float]]) -> None:
+def _stages(
+    engine: Engine, texts: Any, blocks: int, took: dict[str, list[float]], *, pace: float | None = None
+) -> None:
     """Adds the seconds of each block by stage; each stage ends before the next starts.
+
+    With `pace`, frames per second, a block is not begun before its first frame is due.
 
     The stages are the network, the decoder with the copy of its frames to the host, and each encoding.
     """
     video, state = engine.video(texts, 1), engine.start_decoder()
     names = ["network", "decoder", *engine.formats()]
+    begin = time.perf_counter()
     for block in range(blocks):
+        if pace is not None:
+            time.sleep(max(0.0, begin + engine.frames(block) / pace - time.perf_counter()))
         times = [time.perf_counter()]
         latents = jax.block_until_ready(video.generate())
         times.append(time.perf_counter())

@@ -148,9 +148,13 @@ class TestBench:
         assert main(["bench", "generate", "--checkpoint", str(baseline), "--steps", "1", "--count", "4", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["steady"]["compiled"] == 0
+        assert "paced" not in found
         assert found["cold"]["load"] > 0
-        assert main(["bench", "generate", "--checkpoint", str(baseline), "--steps", "1", "--count", "4"]) == 0
-        assert "blocks in time, stalled" in capsys.readouterr().out
+        options = ["--checkpoint", str(baseline), "--steps", "1", "--count", "4", "--paced"]
+        assert main(["bench", "generate", *options]) == 0
+        said = capsys.readouterr().out
+        assert "blocks in time, stalled" in said
+        assert "paced     at 16 frames/s: network p50 " in said
 
     @pytest.mark.slow
     def test_random_weights(self, capsys):
@@ -162,7 +166,7 @@ class TestBench:
     def test_one_that_is_stopped_prints_what_it_has(self, capsys, monkeypatch):
         """Before the first times, in the stream and in the stages; as an engine, one that only the command sees."""
 
-        def take(engine, samples, *, blocks):
+        def take(engine, samples, *, blocks, pace):
             samples.text, samples.cold[:] = 0.5, [1.5, 2.0]
             if engine == "in the stream":
                 samples.arrivals[:], samples.frames[:] = [0.25, 0.5, 0.75], [1, 12, 12]

@@ -38,6 +38,9 @@ class BenchOptions(VideoOptions):
     rate: float = 16.0
     """Frames per second at which the stream is played."""
 
+    paced: bool = False
+    """Also time blocks that are generated at that speed, as sessions do by default, instead of one after the other."""
+
     priority: Literal["auto", "normal"] = "auto"
     """Priority on the host's cores. auto: with an accelerator raised to nice -10, where that is permitted."""
 
@@ -92,7 +95,7 @@ def bench_command(arguments: Sequence[str]) -> int:
     set_priority(options.priority, say)
     samples, stopped = Samples(), None
     try:
-        take_samples(engine, samples, blocks=options.count)
+        take_samples(engine, samples, blocks=options.count, pace=options.rate if options.paced else None)
     except KeyboardInterrupt as error:  # what was measured by then is printed
         stopped = error
     measured = summarize(engine, samples, fps=options.rate)
@@ -111,8 +114,8 @@ def _lines(measured: dict[str, Any], *, count: int) -> list[str]:
     cold, steady, cadence = measured["cold"], measured["steady"], measured["cadence"]
     size = f"{measured['height']}x{measured['width']}"
 
-    def shares(name: str) -> str:
-        return ", ".join(f"{share} {value:.1f}" for share, value in steady[name].items())
+    def shares(name: str, part: str = "steady") -> str:
+        return ", ".join(f"{share} {value:.1f}" for share, value in measured[part][name].items())
 
     lines = [f"{measured['device']}, jax {measured['versions']['jax']}; {size}, {measured['attention']}"]
     if measured.get("stopped"):
@@ -134,6 +137,10 @@ def _lines(measured: dict[str, Any], *, count: int) -> list[str]:
         for name in ("network", "decoder", "text", *measured["formats"])
         if f"{name}_ms" in steady
     ]
+    if "paced" in measured:
+        names = [name for name in ("network", "decoder") if f"{name}_ms" in measured["paced"]]
+        stages = "; ".join(f"{name} {shares(f'{name}_ms', 'paced')} ms" for name in names)
+        lines.append(f"paced     at {cadence['fps']:g} frames/s: {stages}")
     if "underruns" in cadence:
         lines.append(
             f"play      at {cadence['fps']:g} frames/s: {cadence['deadlines_met']:.0%} of blocks in time, stalled "

@@ -4,6 +4,7 @@ import json
 import os
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from monarchrt.models.serve.bench import Samples, cadence, measure, percentiles, summarize, take_samples
@@ -42,6 +43,19 @@ def test_an_engine(engine):
     assert set(found["cadence"]) == {"fps", "first", "gap_ms", "deadlines_met", "underruns", "stood"}
     assert found["cadence"]["fps"] == 8.0
     assert {"monarchrt", "jax", "jaxlib"} < set(found["versions"])
+
+
+def test_blocks_at_the_speed_of_playback(engine, monkeypatch):
+    """Each waits until its first frame is due, counted from the video's begin, not from the block before."""
+    samples, naps = Samples(), []
+    monkeypatch.setattr("monarchrt.models.serve.bench.time.sleep", naps.append)
+    take_samples(engine, samples, blocks=4, pace=0.01)
+    assert naps == pytest.approx([engine.frames(block) / 0.01 for block in range(4)], abs=60)
+    assert naps[1] > 100
+    found = summarize(engine, samples, fps=0.01)["paced"]
+    assert {"network_ms", "decoder_ms"} < set(found)
+    assert found["network_ms"]["p50"] == pytest.approx(1e3 * float(np.median(samples.paced["network"][2:])), abs=1e-3)
+    assert "paced" not in summarize(engine, Samples(), fps=8.0)
 
 
 def test_one_that_is_stopped_keeps_what_it_has(engine, monkeypatch):
