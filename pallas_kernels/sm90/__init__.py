@@ -10,5 +10,6 @@ fused.py            both stages in one; cluster.py: what Pallas lacks for it
 left_backward*.py   back through L; what both kernels share: left_backward_items.py
 right_backward*.py  back through R; what both kernels share: right_backward_items.py
 query.py            the queries' gradient
-shared.py           tiles in shared memory, roles, the launch
+roles.py            roles of kernels and their launch, persistent blocks, items
+shared.py           tiles in shared memory, sums, stores
 """

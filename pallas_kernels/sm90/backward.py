@@ -17,7 +17,8 @@ from monarchrt.pallas_kernels.sm90.forward import Arrays, Call, chunk_sizes, lik
 from monarchrt.pallas_kernels.sm90.left_backward import left_backward_role
 from monarchrt.pallas_kernels.sm90.query import query_role
 from monarchrt.pallas_kernels.sm90.right_backward import right_backward_role
-from monarchrt.pallas_kernels.sm90.shared import LOG2E, gradient_scales, launch, varying
+from monarchrt.pallas_kernels.sm90.roles import launch
+from monarchrt.pallas_kernels.sm90.shared import LOG2E, gradient_scales, varying
 from monarchrt.pallas_kernels.sm90.types import Index
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]

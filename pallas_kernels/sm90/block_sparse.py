@@ -19,8 +19,9 @@ from jaxtyping import Array, Float32
 from monarch_jax.contract import Side, SparseProblem
 from monarchrt.pallas_kernels.sm90 import shared
 from monarchrt.pallas_kernels.sm90.config import REDUCTIONS, ROWS, SLAB, block_bytes
-from monarchrt.pallas_kernels.sm90.shared import LOG2E, Role
-from monarchrt.pallas_kernels.sm90.types import Index, Ref, Refs
+from monarchrt.pallas_kernels.sm90.roles import Given, PersistentBlock, Role, launch
+from monarchrt.pallas_kernels.sm90.shared import LOG2E
+from monarchrt.pallas_kernels.sm90.types import Index, Ref
 
 LOWEST = -1e30  # below every score, and finite
 GROUPS = 3  # computing warpgroups of a block; as many load
@@ -76,8 +77,8 @@ def sparse_forward_role(
     tiles = GROUPS * config.tiles
     items = Items(problem=problem, q=q, blocks=blocks, listed=listed, config=config)
 
-    def run(block, inputs, outputs, scratch):
-        work = Block(items, block, inputs, outputs, scratch)
+    def run(given):
+        work = Block(items, given)
         pl.when(work.warpgroup < GROUPS)(work.compute)
         pl.when(work.warpgroup >= GROUPS)(work.load)
 
@@ -89,13 +90,13 @@ def sparse_forward_role(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch * heads * tokens,), jnp.float32),
         ),
-        scratch=(
-            shared.tile_scratch(shapes, q.dtype, SLAB),
-            plgpu.SMEM((GROUPS, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=items.copies(problem.rows), num_barriers=GROUPS),
-            plgpu.Barrier(num_barriers=GROUPS),
-            plgpu.Barrier(num_arrivals=items.copies(problem.columns), num_barriers=tiles),
-            plgpu.Barrier(num_barriers=tiles),
+        scratch=dict(
+            tiles=shared.tile_scratch(shapes, q.dtype, SLAB),
+            lse=plgpu.SMEM((GROUPS, ROWS), jnp.float32),
+            q_full=plgpu.Barrier(num_arrivals=items.copies(problem.rows), num_barriers=GROUPS),
+            q_free=plgpu.Barrier(num_barriers=GROUPS),
+            full=plgpu.Barrier(num_arrivals=items.copies(problem.columns), num_barriers=tiles),
+            free=plgpu.Barrier(num_barriers=tiles),
         ),
         groups=2 * GROUPS - 1,
         blocks=items.persistent,
@@ -132,20 +133,23 @@ class Items:
         return 1 if size == ROWS else self.q.shape[3]
 
 
-class Block:
+class Block(PersistentBlock):
     """A persistent block: the arrays, its shared memory, and the items of its warpgroups."""
 
-    def __init__(self, items: Items, block: Index, inputs: Refs, outputs: Refs, scratch: Refs) -> None:
-        self.items, self.config, self.problem, self.block = items, items.config, items.problem, block
+    def __init__(self, items: Items, given: Given) -> None:
+        super().__init__(given)
+        scratch = given.scratch
+        self.items, self.config, self.problem = items, items.config, items.problem
         self.slabs, self.dtype = items.q.shape[3], items.q.dtype
         self.factor = items.problem.scale * LOG2E
-        self.q, self.k, self.v, self.starts, self.first, self.count = inputs
-        self.out, self.lse = outputs
-        smem, self.lse_out, self.q_full, self.q_free, self.full, self.free = scratch
-        (self.q_mma, self.tile_mma), (self.q_in, self.tile_in) = shared.tile_views(smem)
-        self.warpgroup = lax.axis_index("group")
+        self.q, self.k, self.v, self.starts, self.first, self.count = given.inputs
+        self.out, self.lse = given.outputs
+        self.lse_out, self.q_full, self.q_free = scratch.lse, scratch.q_full, scratch.q_free
+        self.full, self.free = scratch.full, scratch.free
+        (self.q_mma, self.tile_mma), (self.q_in, self.tile_in) = shared.tile_views(scratch.tiles)
+        self.warpgroup = self.group
         self.group = lax.rem(self.warpgroup, GROUPS)  # whose items these are
-        self.begin = self.group * items.persistent + block
+        self.begin = self.group * items.persistent + self.block
         self.turns = lax.div(items.count - self.begin + items.stride - 1, items.stride)
 
     def steps(self, item: Index) -> Index:
@@ -339,5 +343,5 @@ def forward(
     _, _, blocks, listed = queries.first.shape
     role = sparse_forward_role(problem, struct, blocks, listed, config)
     lists = [x.reshape(-1) for x in (queries.starts, queries.first, queries.count)]
-    out, lse = shared.launch(role, [*arrays, *lists])
+    out, lse = launch(role, [*arrays, *lists])
     return out.reshape(q.shape), lse.reshape(batch, heads, tokens)

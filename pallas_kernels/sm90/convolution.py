@@ -22,7 +22,8 @@ from jaxtyping import Array, Float
 
 from monarch_jax.devices import cuda_capability
 from monarchrt.pallas_kernels.sm90.config import CAPABILITY, ROWS
-from monarchrt.pallas_kernels.sm90.shared import Role, accumulate, launch
+from monarchrt.pallas_kernels.sm90.roles import Given, PersistentBlock, Role, launch, specialised
+from monarchrt.pallas_kernels.sm90.shared import accumulate
 from monarchrt.pallas_kernels.sm90.types import Index, Ref, Refs
 
 SEGMENTS = 8  # of a frame's rows
@@ -229,35 +230,31 @@ class _Items:
 
 def _role(items: _Items, dtype: DTypeLike) -> Role:
     config = items.config
-    blocks = min(config.blocks, items.count)
     rows, columns, groups = config.rows + 2, config.columns + 2, config.groups
     staged, kernels = (groups, config.units, config.slabs), (config.kernels, STEPS, config.out, SLAB)
 
     frames = jax.ShapeDtypeStruct((items.frames, SEGMENTS, items.segment, items.width, items.out), dtype)
 
-    def run(block, inputs, outputs, scratch):
-        work = _Block(items, blocks, block, inputs, outputs, scratch)
-        pl.when(work.group < groups)(work.compute)
-        pl.when(work.group == groups)(work.load)
-
     return Role(
-        run,
+        specialised(lambda given: _Block(items, given), groups),
         name="causal_convolution",
         outputs=(frames,) * (1 + items.both),
-        scratch=(
-            two_views((config.patches, rows * columns * 8, SLAB), (config.patches, rows, columns, 8, SLAB), dtype),
-            two_views(kernels, kernels, dtype),
-            two_views((*staged, ROWS, SLAB), (*staged, 8, 8, SLAB), dtype),
-            plgpu.SMEM((1 + items.normed, items.out // SLAB, SLAB), jnp.float32),
-            plgpu.Barrier(num_arrivals=rows, num_barriers=config.patches),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=config.patches),
-            plgpu.Barrier(num_barriers=config.kernels),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=config.kernels),
-            plgpu.Barrier(num_arrivals=config.units * config.slabs, num_barriers=groups),
-            plgpu.Barrier(),
+        scratch=dict(
+            patch=two_views(
+                (config.patches, rows * columns * 8, SLAB), (config.patches, rows, columns, 8, SLAB), dtype
+            ),
+            kernel=two_views(kernels, kernels, dtype),
+            stage=two_views((*staged, ROWS, SLAB), (*staged, 8, 8, SLAB), dtype),
+            vectors=plgpu.SMEM((1 + items.normed, items.out // SLAB, SLAB), jnp.float32),
+            patch_full=plgpu.Barrier(num_arrivals=rows, num_barriers=config.patches),
+            patch_free=plgpu.Barrier(num_arrivals=groups, num_barriers=config.patches),
+            kernel_full=plgpu.Barrier(num_barriers=config.kernels),
+            kernel_free=plgpu.Barrier(num_arrivals=groups, num_barriers=config.kernels),
+            added_full=plgpu.Barrier(num_arrivals=config.units * config.slabs, num_barriers=groups),
+            vectors_full=plgpu.Barrier(),
         ),
         groups=groups,
-        blocks=blocks,
+        blocks=min(config.blocks, items.count),
     )
 
 
@@ -284,26 +281,27 @@ def load_row(frames: Ref, place: tuple[Any, ...], target: Ref, barrier: Ref) -> 
     plgpu.copy_gmem_to_smem(frames.at[place], target, barrier)
 
 
-class _Block:
+class _Block(PersistentBlock):
     """A persistent block: the arrays, its shared memory, and its turns, one item each."""
 
-    def __init__(self, items: _Items, blocks: int, block: Index, inputs: Refs, outputs: Refs, scratch: Refs) -> None:
-        self.items, self.config, self.blocks, self.block = items, items.config, blocks, block
-        self.past, self.x, self.kernel, self.vectors, *self.added = inputs
-        self.outputs = outputs
-        patch, kernel, stage, self.vectors_in, *barriers = scratch
-        self.patch_mma, self.patch_in = views(patch)
-        self.kernel_mma, self.kernel_in = views(kernel)
-        self.stage_mma, self.stage_in = views(stage)
-        self.patch_full, self.patch_free, self.kernel_full, self.kernel_free, self.added_full, self.vectors_full = (
-            barriers
-        )
-        self.group = lax.axis_index("group")
-        self.turns = lax.div(items.count - block + blocks - 1, blocks)
+    def __init__(self, items: _Items, given: Given) -> None:
+        super().__init__(given)
+        scratch = given.scratch
+        self.items, self.config = items, items.config
+        self.past, self.x, self.kernel, self.vectors, *self.added = given.inputs
+        self.outputs = given.outputs
+        self.patch_mma, self.patch_in = views(scratch.patch)
+        self.kernel_mma, self.kernel_in = views(scratch.kernel)
+        self.stage_mma, self.stage_in = views(scratch.stage)
+        self.vectors_in, self.vectors_full = scratch.vectors, scratch.vectors_full
+        self.patch_full, self.patch_free = scratch.patch_full, scratch.patch_free
+        self.kernel_full, self.kernel_free = scratch.kernel_full, scratch.kernel_free
+        self.added_full = scratch.added_full
+        self.turns = self.share(items.count)
 
     def place(self, turn: Index) -> tuple[Index, Index, Index, Index]:
         """As `_Items.place`, of a turn."""
-        return self.items.place(self.block + turn * self.blocks)
+        return self.items.place(self.number(turn))
 
     def slot(self, step: Index, third: int) -> Index:
         """Where a third of a kernel's step lies."""

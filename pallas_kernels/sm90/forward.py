@@ -16,7 +16,8 @@ from monarchrt.pallas_kernels.sm90.left import left_role
 from monarchrt.pallas_kernels.sm90.left_e4m3 import left_e4m3_role
 from monarchrt.pallas_kernels.sm90.right import right_role
 from monarchrt.pallas_kernels.sm90.right_e4m3 import RightE4M3
-from monarchrt.pallas_kernels.sm90.shared import Role, launch, varying
+from monarchrt.pallas_kernels.sm90.roles import Role, launch
+from monarchrt.pallas_kernels.sm90.shared import varying
 from monarchrt.pallas_kernels.sm90.types import Index
 
 Arrays = tuple[jax.Array, ...]

@@ -7,6 +7,7 @@ a multiple of 64 are `left_tail.py`'s.
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,9 +17,10 @@ from jax import lax
 from jaxtyping import Array, Float32
 
 from monarchrt.pallas_kernels.sm90 import left_tail, shared
-from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, LeftConfig, column_blocks
-from monarchrt.pallas_kernels.sm90.shared import LOG2E, Role
-from monarchrt.pallas_kernels.sm90.types import Index, Place, Ref, Refs
+from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, LeftConfig
+from monarchrt.pallas_kernels.sm90.roles import Given, PersistentBlock, QueryTileItems, Role
+from monarchrt.pallas_kernels.sm90.shared import LOG2E
+from monarchrt.pallas_kernels.sm90.types import Index, Place, Ref
 
 Sums = tuple[Float32[Array, "64 ..."], ...]
 """Of 64 rows: greatest score, sum of weights, slabs of the output [64 i, 64 d]."""
@@ -64,10 +66,9 @@ def left_role(
             f"tail={config.tail} with row_blocks={row_blocks} is for {config.tail + 1} to "
             f"{row_blocks * ROWS + config.tail} rows, not {rows}."
         )
-    blocks = min(config.blocks, items.count)
 
-    def run(block, inputs, outputs, scratch):
-        work = Block(items, scale, blocks, block, inputs, outputs, scratch)
+    def run(given):
+        work = Block(items, scale, given)
         pl.when(work.group < wide)(work.compute)
         if config.tail:
             pl.when(work.group == wide)(work.compute_tail)
@@ -84,33 +85,28 @@ def left_role(
             struct((batch, tiles, rows, cols * heads, slabs, SLAB), q.dtype),
             struct((batch * heads * tiles, cols, padded_rows), jnp.float32),
         ),
-        scratch=(
-            shared.tile_scratch(shapes, q.dtype, SLAB),
-            plgpu.SMEM((stages, columns, depth), jnp.float32),
-            plgpu.SMEM((groups, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=query_stages),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=query_stages),
-            plgpu.Barrier(num_arrivals=1 + columns, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=wide),
+        scratch=dict(
+            tiles=shared.tile_scratch(shapes, q.dtype, SLAB),
+            c=plgpu.SMEM((stages, columns, depth), jnp.float32),
+            lse=plgpu.SMEM((groups, ROWS), jnp.float32),
+            q_full=plgpu.Barrier(num_arrivals=groups, num_barriers=query_stages),
+            q_free=plgpu.Barrier(num_arrivals=groups, num_barriers=query_stages),
+            alpha_full=plgpu.Barrier(num_arrivals=1 + columns, num_barriers=stages),
+            alpha_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            y_full=plgpu.Barrier(num_barriers=stages),
+            y_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            turn=plgpu.Barrier(num_arrivals=wide),
         ),
         groups=groups,
-        blocks=blocks,
+        blocks=min(config.blocks, items.count),
         reduction_bytes=config.reduction_bytes,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Items:
+class Items(QueryTileItems):
     """The work of the kernel: some columns of a query tile and head with some of its blocks of 64 rows are an item."""
 
-    q: jax.ShapeDtypeStruct
-    pairs: int
-    heads: int
-    tiles: int
-    masked: bool
     config: LeftConfig
 
     @property
@@ -132,48 +128,39 @@ class Items:
         """Index x, batch entry, head and tile of the chunk, first column, first block of rows, pairs seen."""
         if self.config.newest_first:
             item = self.count - 1 - item
-        column_groups, row_groups, heads, tiles = self.column_groups, self.row_groups, self.heads, self.tiles
+        column_groups, row_groups = self.column_groups, self.row_groups
         x = lax.div(item, column_groups * row_groups)
         column = lax.rem(lax.div(item, row_groups), column_groups) * self.config.columns
-        tile = lax.rem(x, tiles)
-        limit = limits[tile0 + tile] if self.masked else jnp.int32(self.pairs)
-        where = (lax.div(x, heads * tiles), lax.rem(lax.div(x, tiles), heads), tile)
+        where, limit = self.seen_at(x, limits, tile0)
         return x, where, column, lax.rem(item, row_groups) * self.config.row_blocks, limit
 
 
-class Block:
+class Block(PersistentBlock):
     """A persistent block: the arrays, its shared memory, and its turns, one item each, past all pairs that it sees."""
 
-    def __init__(
-        self,
-        items: Items,
-        scale: float,
-        blocks: int,
-        block: Index,
-        inputs: Refs,
-        outputs: Refs,
-        scratch: Refs,
-    ) -> None:
-        self.items, self.config, self.scale, self.blocks, self.block = items, items.config, scale, blocks, block
+    def __init__(self, items: Items, scale: float, given: Given) -> None:
+        super().__init__(given)
+        self.items, self.config, self.scale = items, items.config, scale
         self.slabs, self.depth = items.q.shape[5] // SLAB, items.config.key_block
-        self.q, self.alpha, self.y, self.c, *self.more_numbers, self.limits, start = inputs
-        self.out, self.lse = outputs
-        self.name_scratch(scratch)
-        self.group = lax.axis_index("group")
+        self.q, self.alpha, self.y, self.c, *self.more_numbers, self.limits, start = given.inputs
+        self.out, self.lse = given.outputs
+        self.name_scratch(given.scratch)
         self.head0, self.tile0 = start[0], start[1]
-        self.turns = lax.div(items.count - block + blocks - 1, blocks)
+        self.turns = self.share(items.count)
 
-    def name_scratch(self, scratch: Refs) -> None:
+    def name_scratch(self, scratch: SimpleNamespace) -> None:
         """The block's shared memory by name."""
-        smem, self.c_in, self.lse_out, self.q_full, self.q_free, *barriers = scratch
-        self.alpha_full, self.alpha_free, self.y_full, self.y_free, self.turn = barriers
-        multiply, copy = shared.tile_views(smem)
+        self.c_in, self.lse_out, self.turn = scratch.c, scratch.lse, scratch.turn
+        self.q_full, self.q_free = scratch.q_full, scratch.q_free
+        self.alpha_full, self.alpha_free = scratch.alpha_full, scratch.alpha_free
+        self.y_full, self.y_free = scratch.y_full, scratch.y_free
+        multiply, copy = shared.tile_views(scratch.tiles)
         self.q_mma, self.alpha_mma, self.y_mma, *self.tail_mma = multiply
         self.q_in, self.alpha_in, self.y_in, *self.tail_in = copy
 
     def place(self, t: Index) -> tuple[Index, Place, Index, Index, Index]:
         """As `Items.place`, of a turn."""
-        return self.items.place(self.block + t * self.blocks, self.limits, self.tile0)
+        return self.items.place(self.number(t), self.limits, self.tile0)
 
     def slot(self, n: Index) -> Index:
         """Which alpha, Y and c_L in shared memory are step n's."""
@@ -311,15 +298,15 @@ class Block:
                 plgpu.barrier_wait(self.alpha_full.at[slot])
                 sums = left_tail.step(
                     sums,
-                    lambda n: q_tail.at[q_slot, n],
-                    lambda n: self.alpha_mma.at[slot, 0, n],
-                    lambda n: self.y_mma.at[slot, 0, n],
-                    weights,
-                    self.c_in.at[slot, 0],
-                    limit - i * depth,
-                    self.scale,
-                    lambda: plgpu.barrier_arrive(self.alpha_free.at[slot]),
-                    lambda: plgpu.barrier_wait(self.y_full.at[slot]),
+                    q=lambda n: q_tail.at[q_slot, n],
+                    alpha=lambda n: self.alpha_mma.at[slot, 0, n],
+                    y=lambda n: self.y_mma.at[slot, 0, n],
+                    weights=weights,
+                    bias=self.c_in.at[slot, 0],
+                    seen=limit - i * depth,
+                    scale=self.scale,
+                    read_alpha=lambda: plgpu.barrier_arrive(self.alpha_free.at[slot]),
+                    await_y=lambda: plgpu.barrier_wait(self.y_full.at[slot]),
                 )
                 plgpu.barrier_arrive(self.y_free.at[slot])
                 return sums
@@ -343,7 +330,7 @@ class Block:
         """What the loading warpgroup does: q of an item, then alpha, c_L and Y of each step."""
         config, depth, tiles = self.config, self.depth, self.items.tiles
         plgpu.set_max_registers(config.registers[2], action="decrease")
-        split = column_blocks(self.items.q.shape[3], tiles, self.items.masked)
+        split = self.items.split
 
         def item(t, done):
             x, where, column, row_block, limit = self.place(t)

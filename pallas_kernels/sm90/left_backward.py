@@ -24,8 +24,8 @@ from monarchrt.pallas_kernels.sm90.left_backward_items import (
     scores_gradient,
     seen_bias,
 )
-from monarchrt.pallas_kernels.sm90.shared import Role
-from monarchrt.pallas_kernels.sm90.types import Index, Place, Refs, Rows, Slabs, Tile
+from monarchrt.pallas_kernels.sm90.roles import Given, PersistentBlock, Role, specialised
+from monarchrt.pallas_kernels.sm90.types import Index, Place, Rows, Slabs, Tile
 
 
 def left_backward_role(
@@ -72,13 +72,7 @@ def left_backward_role(
     slabs = q.shape[5] // SLAB
     groups, stages, columns, row_blocks = config.warpgroups, config.stages, config.columns, config.row_blocks
     items = Items(q=q, pairs=pairs, heads=heads, tiles=tiles, masked=masked, whole=whole, columns=columns)
-    blocks = min(config.blocks, items.count)
     kinds = 2 if row_blocks > 1 else 1
-
-    def run(block, inputs, outputs, scratch):
-        work = _Block(items, config, scale, blocks, block, inputs, outputs, scratch)
-        pl.when(work.group < groups)(work.compute)
-        pl.when(work.group == groups)(work.load)
 
     shapes = (
         (groups, 2, slabs, ROWS, SLAB),  # dO and q
@@ -86,57 +80,49 @@ def left_backward_role(
         (groups, kinds, ROWS, ROWS),  # P, kept in registers where no other warpgroup needs it, and dX
     )
     return Role(
-        run,
+        specialised(lambda given: _Block(items, config, scale, given), groups),
         name="monarch_left_backward",
         outputs=items.outputs(row_blocks * ROWS),
-        scratch=(
-            shared.tile_scratch(shapes, q.dtype, SLAB),
-            plgpu.SMEM((stages, columns, ROWS), jnp.float32),
-            plgpu.SMEM((groups, 2, ROWS), jnp.float32),
-            plgpu.SMEM((groups, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=3 * groups),
-            plgpu.Barrier(num_arrivals=groups),
-            plgpu.Barrier(num_arrivals=3, num_barriers=columns * stages),
-            plgpu.Barrier(num_arrivals=row_blocks, num_barriers=columns * stages),
-            plgpu.Barrier(num_arrivals=groups),
-            plgpu.Barrier(num_arrivals=groups),
+        scratch=dict(
+            tiles=shared.tile_scratch(shapes, q.dtype, SLAB),
+            c=plgpu.SMEM((stages, columns, ROWS), jnp.float32),
+            stats=plgpu.SMEM((groups, 2, ROWS), jnp.float32),
+            sums=plgpu.SMEM((groups, ROWS), jnp.float32),
+            q_full=plgpu.Barrier(num_arrivals=3 * groups),
+            q_free=plgpu.Barrier(num_arrivals=groups),
+            full=plgpu.Barrier(num_arrivals=3, num_barriers=columns * stages),
+            free=plgpu.Barrier(num_arrivals=row_blocks, num_barriers=columns * stages),
+            made=plgpu.Barrier(num_arrivals=groups),
+            used=plgpu.Barrier(num_arrivals=groups),
         ),
         groups=groups,
-        blocks=blocks,
+        blocks=min(config.blocks, items.count),
     )
 
 
-class _Block:
+class _Block(PersistentBlock):
     """A persistent block: the arrays, its shared memory, and its turns, one item each, past all pairs that it sees."""
 
-    def __init__(
-        self,
-        items: Items,
-        config: LeftBackwardConfig,
-        scale: float,
-        blocks: int,
-        block: Index,
-        inputs: Refs,
-        outputs: Refs,
-        scratch: Refs,
-    ) -> None:
-        self.items, self.scale, self.blocks, self.block = items, scale, blocks, block
+    def __init__(self, items: Items, config: LeftBackwardConfig, scale: float, given: Given) -> None:
+        super().__init__(given)
+        scratch = given.scratch
+        self.items, self.scale = items, scale
         self.config, self.stages, self.row_blocks = config, config.stages, config.row_blocks
         self.width = config.width(items.q.shape[2])
         self.slabs = items.q.shape[5] // SLAB
         self.early, self.late = shared.gradient_scales(items.q.dtype, scale)
-        self.q, self.g, self.alpha, self.y, self.c, self.stats, self.limits, start = inputs
-        self.d_alpha, self.d_y, self.d_c, self.dq = outputs
-        smem, self.c_in, self.stats_in, self.sums, self.q_full, self.q_free, self.full, self.free, *both = scratch
-        self.made, self.used = both
-        (self.rows_mma, self.mid_mma, self.p_mma), (self.rows_in, self.mid_in, _) = shared.tile_views(smem)
-        self.group = lax.axis_index("group")
+        self.q, self.g, self.alpha, self.y, self.c, self.stats, self.limits, start = given.inputs
+        self.d_alpha, self.d_y, self.d_c, self.dq = given.outputs
+        self.c_in, self.stats_in, self.sums = scratch.c, scratch.stats, scratch.sums
+        self.q_full, self.q_free, self.full, self.free = scratch.q_full, scratch.q_free, scratch.full, scratch.free
+        self.made, self.used = scratch.made, scratch.used
+        (self.rows_mma, self.mid_mma, self.p_mma), (self.rows_in, self.mid_in, _) = shared.tile_views(scratch.tiles)
         self.head0, self.tile0 = start[0], start[1]
-        self.turns = lax.div(items.count - block + blocks - 1, blocks)
+        self.turns = self.share(items.count)
 
     def place(self, t: Index) -> tuple[Index, Place, Index, Index]:
         """Index x, batch entry, head and tile of the chunk, first column, pairs seen."""
-        return self.items.place(self.block + t * self.blocks, self.limits, self.tile0)
+        return self.items.place(self.number(t), self.limits, self.tile0)
 
     def compute(self) -> None:
         """What a computing warpgroup does."""

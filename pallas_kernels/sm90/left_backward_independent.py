@@ -24,8 +24,8 @@ from monarchrt.pallas_kernels.sm90.left_backward_items import (
     scores_gradient,
     seen_bias,
 )
-from monarchrt.pallas_kernels.sm90.shared import Role
-from monarchrt.pallas_kernels.sm90.types import Flag, Index, Place, Refs, Slabs, Tile
+from monarchrt.pallas_kernels.sm90.roles import Given, PersistentBlock, Role, specialised
+from monarchrt.pallas_kernels.sm90.types import Flag, Index, Place, Ref, Slabs, Tile
 
 
 def independent_role(
@@ -46,70 +46,59 @@ def independent_role(
     slabs, width, depth = q.shape[5] // SLAB, config.width(q.shape[2]), config.depth(q.shape[2])
     groups, stages = config.warpgroups, config.stages
     items = Items(q=q, pairs=pairs, heads=heads, tiles=tiles, masked=masked, whole=whole, columns=1)
-    blocks = min(config.blocks, items.count)
-
-    def run(block, inputs, outputs, scratch):
-        work = Block(items, config, scale, blocks, block, inputs, outputs, scratch)
-        pl.when(work.group < groups)(work.compute)
-        pl.when(work.group == groups)(work.load)
-
     shapes = (
         (2, slabs, depth, SLAB),  # dO and q
         (stages, 2, slabs, ROWS, SLAB),  # Y and alpha, then their gradients
     )
     return Role(
-        run,
+        specialised(lambda given: Block(items, config, scale, given), groups),
         name="monarch_left_backward_independent",
         outputs=items.outputs(width),
-        scratch=(
-            shared.tile_scratch(shapes, q.dtype, SLAB),
-            shared.tile_scratch(((groups, width, ROWS),), q.dtype, SLAB),
-            plgpu.SMEM((stages, ROWS), jnp.float32),
-            plgpu.SMEM((2, width), jnp.float32),
-            plgpu.Barrier(num_arrivals=3),
-            plgpu.Barrier(num_arrivals=groups),
-            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=1, num_barriers=groups),
+        scratch=dict(
+            tiles=shared.tile_scratch(shapes, q.dtype, SLAB),
+            p=shared.tile_scratch(((groups, width, ROWS),), q.dtype, SLAB),
+            c=plgpu.SMEM((stages, ROWS), jnp.float32),
+            stats=plgpu.SMEM((2, width), jnp.float32),
+            q_full=plgpu.Barrier(num_arrivals=3),
+            q_free=plgpu.Barrier(num_arrivals=groups),
+            full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            free=plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+            left_there=plgpu.Barrier(num_arrivals=1, num_barriers=groups),
         ),
         groups=groups,
-        blocks=blocks,
+        blocks=min(config.blocks, items.count),
     )
 
 
-class Block:
+class Block(PersistentBlock):
     """A persistent block: the arrays, its shared memory, and its turns, a column each, past all pairs that it sees."""
 
-    def __init__(
-        self,
-        items: Items,
-        config: LeftBackwardConfig,
-        scale: float,
-        blocks: int,
-        block: Index,
-        inputs: Refs,
-        outputs: Refs,
-        scratch: Refs,
-    ) -> None:
+    def __init__(self, items: Items, config: LeftBackwardConfig, scale: float, given: Given) -> None:
+        super().__init__(given)
+        scratch = given.scratch
         rows = items.q.shape[2]
-        self.items, self.scale, self.blocks, self.block = items, scale, blocks, block
+        self.items, self.scale = items, scale
         self.config, self.groups, self.stages = config, config.warpgroups, config.stages
         self.width, self.depth = config.width(rows), config.depth(rows)
         self.slabs = items.q.shape[5] // SLAB
         self.early, self.late = shared.gradient_scales(items.q.dtype, scale)
-        self.q, self.g, self.alpha, self.y, self.c, self.stats, self.limits, start = inputs
-        self.d_alpha, self.d_y, self.d_c, self.dq = outputs
-        smem, p_smem, self.c_in, self.stats_in, self.q_full, self.q_free, *steps = scratch
-        self.full, self.free, self.left_there = steps
-        (self.rows_mma, self.mid_mma), (self.rows_in, self.mid_in) = shared.tile_views(smem)
-        (self.p_mma,), _ = shared.tile_views(p_smem)
-        self.group = lax.axis_index("group")
+        start = self.name_arrays(given)
+        self.c_in, self.stats_in, self.left_there = scratch.c, scratch.stats, scratch.left_there
+        self.q_full, self.q_free, self.full, self.free = scratch.q_full, scratch.q_free, scratch.full, scratch.free
+        (self.rows_mma, self.mid_mma), (self.rows_in, self.mid_in) = shared.tile_views(scratch.tiles)
+        (self.p_mma,), _ = shared.tile_views(scratch.p)
         self.head0, self.tile0 = start[0], start[1]
-        self.turns = lax.div(items.count - block + blocks - 1, blocks)
+        self.turns = self.share(items.count)
+
+    def name_arrays(self, given: Given) -> Ref:
+        """The inputs, of which `start` is returned, and the outputs by name."""
+        self.q, self.g, self.alpha, self.y, self.c, self.stats, self.limits, start = given.inputs
+        self.d_alpha, self.d_y, self.d_c, self.dq = given.outputs
+        return start
 
     def place(self, t: Index) -> tuple[Index, Place, Index, Index]:
         """Index x, batch entry, head and tile of the chunk, column, pairs seen."""
-        return self.items.place(self.block + t * self.blocks, self.limits, self.tile0)
+        return self.items.place(self.number(t), self.limits, self.tile0)
 
     def compute(self) -> None:
         """What a computing warpgroup does."""

@@ -9,7 +9,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, ColumnBlocks, column_blocks
+from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, column_blocks
+from monarchrt.pallas_kernels.sm90.roles import QueryTileItems
 from monarchrt.pallas_kernels.sm90.shared import LOG2E
 from monarchrt.pallas_kernels.sm90.types import Index, Place, Ref
 
@@ -77,24 +78,14 @@ def padded(x: Float[Array, "n _"], depth: int) -> Float[Array, "n {depth}"]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Items:
+class Items(QueryTileItems):
     """The work of a kernel: `columns` columns of a query tile and head are an item.
 
     Attributes:
-        q: [B, A, b1, b2, H, D].
-        pairs: C*b1.
-        heads: Heads of the chunk.
-        tiles: Query tiles of the chunk.
-        masked: Whether a query tile may see less than C*b1 pairs.
         whole: Whether alpha, Y and c_L are those of all heads and query tiles, not of the chunk.
         columns: Columns of an item.
     """
 
-    q: jax.ShapeDtypeStruct
-    pairs: int
-    heads: int
-    tiles: int
-    masked: bool
     whole: bool
     columns: int
 
@@ -108,18 +99,11 @@ class Items:
         """All items."""
         return self.q.shape[0] * self.heads * self.tiles * self.groups
 
-    @property
-    def split(self) -> ColumnBlocks:
-        """Where the chunk's columns lie in what has 64 of them together."""
-        return column_blocks(self.q.shape[3], self.tiles, self.masked)
-
     def place(self, number: Index, limits: Ref, tile0: Index) -> tuple[Index, Place, Index, Index]:
         """Index x, batch entry, head and tile of the chunk, first column, pairs seen."""
         item = self.count - 1 - number  # what was made last comes first: it may still be in the L2 cache
         x = lax.div(item, self.groups)
-        tile = lax.rem(x, self.tiles)
-        limit = limits[tile0 + tile] if self.masked else jnp.int32(self.pairs)
-        where = (lax.div(x, self.heads * self.tiles), lax.rem(lax.div(x, self.tiles), self.heads), tile)
+        where, limit = self.seen_at(x, limits, tile0)
         return x, where, lax.rem(item, self.groups) * self.columns, limit
 
     def source(

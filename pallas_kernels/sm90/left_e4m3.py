@@ -7,6 +7,7 @@ step 2n is step n's alpha, half step 2n + 1 its Y.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import jax
 import jax.experimental.pallas as pl
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from monarchrt.pallas_kernels.sm90 import shared
-from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, LeftE4M3Config, column_blocks
+from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, LeftE4M3Config
 from monarchrt.pallas_kernels.sm90.left import Block, Items
 from monarchrt.pallas_kernels.sm90.right_e4m3 import E4M3, LARGEST, UPPER
-from monarchrt.pallas_kernels.sm90.shared import Role
-from monarchrt.pallas_kernels.sm90.types import Index, Ref, Refs
+from monarchrt.pallas_kernels.sm90.roles import Role
+from monarchrt.pallas_kernels.sm90.types import Index, Ref
 
 
 def left_e4m3_role(
@@ -40,10 +41,9 @@ def left_e4m3_role(
     items = Items(q=q, pairs=pairs, heads=heads, tiles=tiles, masked=masked, config=config)
     batch, _, rows, cols, _, dim = q.shape
     slabs, wide, depth, columns = dim // SLAB, config.wide, config.key_block, config.columns
-    blocks = min(config.blocks, items.count)
 
-    def run(block, inputs, outputs, scratch):
-        work = LeftE4M3(items, scale, blocks, block, inputs, outputs, scratch)
+    def run(given):
+        work = LeftE4M3(items, scale, given)
         pl.when(work.group < wide)(work.compute)
         pl.when(work.group == wide)(work.convert)
         pl.when(work.group == wide + 1)(work.load)
@@ -57,24 +57,24 @@ def left_e4m3_role(
             struct((batch, tiles, rows, cols * heads, slabs, SLAB), q.dtype),
             struct((batch * heads * tiles, cols, padded_rows), jnp.float32),
         ),
-        scratch=(
-            shared.tile_scratch(shapes, q.dtype, SLAB),
-            shared.tile_scratch([(config.raw, columns, 1, depth, dim)], E4M3, dim),
-            plgpu.SMEM((config.raw_steps, columns, depth), jnp.float32),
-            plgpu.SMEM((config.raw_steps, columns, depth), jnp.int32),
-            plgpu.SMEM((config.steps, columns, depth), jnp.float32),
-            plgpu.SMEM((wide, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=wide, num_barriers=config.query_stages),
-            plgpu.Barrier(num_arrivals=wide, num_barriers=config.query_stages),
-            plgpu.Barrier(num_barriers=config.raw),
-            plgpu.Barrier(num_barriers=config.raw),
-            plgpu.Barrier(num_arrivals=2 * columns, num_barriers=config.raw_steps),
-            plgpu.Barrier(num_barriers=config.cells),
-            plgpu.Barrier(num_arrivals=wide, num_barriers=config.cells),
-            plgpu.Barrier(num_arrivals=wide),
+        scratch=dict(
+            tiles=shared.tile_scratch(shapes, q.dtype, SLAB),
+            raw=shared.tile_scratch([(config.raw, columns, 1, depth, dim)], E4M3, dim),
+            c_raw=plgpu.SMEM((config.raw_steps, columns, depth), jnp.float32),
+            words=plgpu.SMEM((config.raw_steps, columns, depth), jnp.int32),
+            c=plgpu.SMEM((config.steps, columns, depth), jnp.float32),
+            lse=plgpu.SMEM((wide, ROWS), jnp.float32),
+            q_full=plgpu.Barrier(num_arrivals=wide, num_barriers=config.query_stages),
+            q_free=plgpu.Barrier(num_arrivals=wide, num_barriers=config.query_stages),
+            raw_full=plgpu.Barrier(num_barriers=config.raw),
+            raw_free=plgpu.Barrier(num_barriers=config.raw),
+            c_full=plgpu.Barrier(num_arrivals=2 * columns, num_barriers=config.raw_steps),
+            cell_full=plgpu.Barrier(num_barriers=config.cells),
+            cell_free=plgpu.Barrier(num_arrivals=wide, num_barriers=config.cells),
+            turn=plgpu.Barrier(num_arrivals=wide),
         ),
         groups=wide + 1,
-        blocks=blocks,
+        blocks=min(config.blocks, items.count),
     )
 
 
@@ -98,14 +98,16 @@ class LeftE4M3(Block):
 
     config: LeftE4M3Config
 
-    def name_scratch(self, scratch: Refs) -> None:
+    def name_scratch(self, scratch: SimpleNamespace) -> None:
         """See `Block`; what it knows by slots are cells here."""
-        smem, raw, self.c_raw, self.words, c_in, self.lse_out, self.q_full, self.q_free, *barriers = scratch
-        self.raw_full, self.raw_free, self.c_full, self.cell_full, self.cell_free, self.turn = barriers
-        (self.q_mma, self.cells), (self.q_in, _) = shared.tile_views(smem)
-        (self.raw_reg,), (self.raw_in,) = shared.tile_views(raw)
+        self.c_raw, self.words, self.lse_out, self.turn = scratch.c_raw, scratch.words, scratch.lse, scratch.turn
+        self.q_full, self.q_free = scratch.q_full, scratch.q_free
+        self.raw_full, self.raw_free, self.c_full = scratch.raw_full, scratch.raw_free, scratch.c_full
+        self.cell_full, self.cell_free = scratch.cell_full, scratch.cell_free
+        (self.q_mma, self.cells), (self.q_in, _) = shared.tile_views(scratch.tiles)
+        (self.raw_reg,), (self.raw_in,) = shared.tile_views(scratch.raw)
         count = self.config.cells
-        self.c_in = _Ring(c_in, lambda n: lax.rem(n, self.config.steps))
+        self.c_in = _Ring(scratch.c, lambda n: lax.rem(n, self.config.steps))
         for which, name in enumerate(("alpha", "y")):
 
             def cell(n, which=which):
@@ -128,7 +130,7 @@ class LeftE4M3(Block):
 
     def steps_of(self, t: Index, limit: Index) -> Index:
         """Steps of a turn; a number that the compiler knows makes it write them all out, and spill what they share."""
-        return shared.unhoisted(lax.div(limit + self.depth - 1, self.depth), self.block + t * self.blocks)
+        return shared.unhoisted(lax.div(limit + self.depth - 1, self.depth), self.number(t))
 
     def convert(self) -> None:
         """What the converting warpgroup does."""
@@ -188,7 +190,7 @@ class LeftE4M3(Block):
         """What the loading warpgroup does: q of an item, then alpha, c_L, the words and Y of each step."""
         config, depth, tiles = self.config, self.depth, self.items.tiles
         plgpu.set_max_registers(config.registers[2], action="decrease")
-        split = column_blocks(self.items.q.shape[3], tiles, self.items.masked)
+        split = self.items.split
         (all_words,) = self.more_numbers
 
         def item(t, done):

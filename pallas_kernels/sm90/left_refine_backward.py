@@ -27,8 +27,8 @@ from monarchrt.pallas_kernels.sm90.left_backward_items import (
     scores_gradient,
     seen_bias,
 )
-from monarchrt.pallas_kernels.sm90.shared import Role
-from monarchrt.pallas_kernels.sm90.types import Flag, Index, Place, Ref, Refs, Rows, Slabs, Tile
+from monarchrt.pallas_kernels.sm90.roles import Given, Role, specialised
+from monarchrt.pallas_kernels.sm90.types import Flag, Index, Place, Ref, Rows, Slabs, Tile
 
 
 def left_refine_backward_role(
@@ -66,58 +66,43 @@ def left_refine_backward_role(
     slabs, width, depth = q.shape[5] // SLAB, config.width(q.shape[2]), config.depth(q.shape[2])
     groups, stages = config.warpgroups, config.stages
     items = Items(q=q, pairs=pairs, heads=heads, tiles=tiles, masked=masked, whole=False, columns=1)
-    blocks = min(config.blocks, items.count)
-
-    def run(block, inputs, outputs, scratch):
-        work = _Block(items, config, scale, blocks, block, inputs, outputs, scratch)
-        pl.when(work.group < groups)(work.compute)
-        pl.when(work.group == groups)(work.load)
-
     shapes = (
         (slabs, depth, SLAB),  # q
         (stages, 2, slabs, ROWS, SLAB),  # du and alpha, whose place its gradient takes
     )
     d_alpha, _, d_c, dq = items.outputs(width)
     return Role(
-        run,
+        specialised(lambda given: _Block(items, config, scale, given), groups),
         name="monarch_left_refine_backward",
         outputs=(d_alpha, d_c, dq),
-        scratch=(
-            shared.tile_scratch(shapes, q.dtype, SLAB),
-            shared.tile_scratch(((groups, 2, width, ROWS),), q.dtype, SLAB),
-            plgpu.SMEM((stages, 3, ROWS), jnp.float32),
-            plgpu.SMEM((2, width), jnp.float32),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=groups),
-            plgpu.Barrier(num_arrivals=5, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=1, num_barriers=groups),
+        scratch=dict(
+            tiles=shared.tile_scratch(shapes, q.dtype, SLAB),
+            p=shared.tile_scratch(((groups, 2, width, ROWS),), q.dtype, SLAB),
+            c=plgpu.SMEM((stages, 3, ROWS), jnp.float32),
+            stats=plgpu.SMEM((2, width), jnp.float32),
+            q_full=plgpu.Barrier(num_arrivals=2),
+            q_free=plgpu.Barrier(num_arrivals=groups),
+            full=plgpu.Barrier(num_arrivals=5, num_barriers=stages),
+            free=plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+            left_there=plgpu.Barrier(num_arrivals=1, num_barriers=groups),
         ),
         groups=groups,
-        blocks=blocks,
+        blocks=min(config.blocks, items.count),
     )
 
 
 class _Block(Block):
     """A persistent block: the arrays, its shared memory, and its turns, a column each, past all pairs that it sees."""
 
-    def __init__(
-        self,
-        items: Items,
-        config: LeftBackwardConfig,
-        scale: float,
-        blocks: int,
-        block: Index,
-        inputs: Refs,
-        outputs: Refs,
-        scratch: Refs,
-    ) -> None:
-        q, alpha, du, *self.numbers, stats, limits, start = inputs
-        d_alpha, d_c, dq = outputs
-        # g and dY of the kernel for the last step are not there; nothing here reads them
-        inputs, outputs = (q, q, alpha, du, self.numbers[0], stats, limits, start), (d_alpha, d_alpha, d_c, dq)
-        super().__init__(items, config, scale, blocks, block, inputs, outputs, scratch)
+    def __init__(self, items: Items, config: LeftBackwardConfig, scale: float, given: Given) -> None:
+        super().__init__(items, config, scale, given)
         self.early, self.late = scale, 1.0  # of what is rounded: f P must fit beside it
+
+    def name_arrays(self, given: Given) -> Ref:
+        """See `Block`; here du is in Y's place, c_L, f and g are `numbers`, and there is no dY."""
+        self.q, self.alpha, self.y, *self.numbers, self.stats, self.limits, start = given.inputs
+        self.d_alpha, self.d_c, self.dq = given.outputs
+        return start
 
     def step(self, n: Index, i: Index, t: Index, given: Flag, acc: Slabs) -> Slabs:
         """Pairs from 64 i on of turn t's column, step n of both warpgroups'. Adds to slabs of dQ, [64 d, W].

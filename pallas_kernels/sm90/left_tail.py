@@ -30,6 +30,7 @@ def start(rows: int, pairs: int, slabs: int) -> Sums:
 
 def step(
     sums: Sums,
+    *,
     q: Callable[[int], Ref],
     alpha: Callable[[int], Ref],
     y: Callable[[int], Ref],

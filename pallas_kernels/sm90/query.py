@@ -6,7 +6,6 @@ key rows, and runs through c.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.experimental.pallas as pl
@@ -15,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from monarchrt.pallas_kernels.sm90 import shared
-from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, ColumnBlocks, QueryConfig, column_blocks
-from monarchrt.pallas_kernels.sm90.shared import Role
-from monarchrt.pallas_kernels.sm90.types import Index, Number, Place, Refs, Slabs
+from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, QueryConfig
+from monarchrt.pallas_kernels.sm90.roles import ChunkItems, Given, PersistentBlock, Role, specialised
+from monarchrt.pallas_kernels.sm90.types import Index, Number, Place, Slabs
 
 
 def query_role(
@@ -61,57 +60,39 @@ def query_role(
         left_width=left_width,
         config=config,
     )
-    groups, stages, depth, split = config.warpgroups, config.stages, config.depth(cols), items.split
-    blocks = min(config.blocks, items.units)
-
-    def run(block, inputs, outputs, scratch):
-        work = _Block(items, blocks, block, inputs, outputs, scratch)
-        pl.when(work.group < groups)(work.compute)
-        pl.when(work.group == groups)(work.load)
-
+    groups, stages, depth = config.warpgroups, config.stages, config.depth(cols)
     shapes = (
         (stages, slabs, depth, SLAB),  # key rows
         (stages, groups, depth, ROWS),  # s dZ, keys before queries
         (groups, slabs, ROWS, SLAB),  # dq through L, then all of it
     )
     return Role(
-        run,
+        specialised(lambda given: _Block(items, given), groups),
         name="monarch_query_backward",
         outputs=(jax.ShapeDtypeStruct((batch, tiles, rows, cols, heads, slabs, SLAB), q.dtype),),
-        scratch=(
-            shared.tile_scratch(
-                shapes, q.dtype, SLAB, (split.packed, split.tail_rows) if split.items > split.whole else None
-            ),
-            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=1, num_barriers=stages * groups),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=1, num_barriers=groups),
-            plgpu.Barrier(num_arrivals=1, num_barriers=groups),
+        scratch=dict(
+            tiles=shared.tile_scratch(shapes, q.dtype, SLAB, items.packs),
+            keys_full=plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+            dz_full=plgpu.Barrier(num_arrivals=1, num_barriers=stages * groups),
+            free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            left_full=plgpu.Barrier(num_arrivals=1, num_barriers=groups),
+            left_free=plgpu.Barrier(num_arrivals=1, num_barriers=groups),
         ),
         groups=groups,
-        blocks=blocks,
+        blocks=min(config.blocks, items.units),
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Items:
+class _Items(ChunkItems):
     """The work of the kernel: 64 columns of a query tile, or the last ones of several, are an item of a row k.
 
     As many items as there are computing warpgroups, of one row and head, are a unit: they share the key rows.
     """
 
-    q: jax.ShapeDtypeStruct
     key_tiles: int
-    heads: int
-    tiles: int
-    masked: bool
     left_width: int
     config: QueryConfig
-
-    @functools.cached_property
-    def split(self) -> ColumnBlocks:
-        """Which columns an item has."""
-        return column_blocks(self.q.shape[3], self.tiles, self.masked)
 
     @property
     def groups(self) -> int:
@@ -138,36 +119,29 @@ class _Items:
         return lane, entry, head, row, first
 
 
-class _Block:
+class _Block(PersistentBlock):
     """A persistent block: the arrays, its shared memory, and its turns, one unit each, past all key tiles it sees."""
 
-    def __init__(
-        self,
-        items: _Items,
-        blocks: int,
-        block: Index,
-        inputs: Refs,
-        outputs: Refs,
-        scratch: Refs,
-    ) -> None:
-        config = items.config
-        self.items, self.config, self.blocks, self.block = items, config, blocks, block
+    def __init__(self, items: _Items, given: Given) -> None:
+        super().__init__(given)
+        config, scratch = items.config, given.scratch
+        self.items, self.config = items, config
         self.groups, self.stages, self.slabs = config.warpgroups, config.stages, items.q.shape[5]
         self.width, self.depth = config.width(items.q.shape[3]), config.depth(items.q.shape[3])
-        self.k, self.dz, self.dq_left, self.limits, start = inputs
-        (self.dq,) = outputs
-        smem, self.keys_full, self.dz_full, self.free, self.left_full, self.left_free = scratch
-        views = shared.tile_views(smem)
+        self.k, self.dz, self.dq_left, self.limits, start = given.inputs
+        (self.dq,) = given.outputs
+        self.keys_full, self.dz_full, self.free = scratch.keys_full, scratch.dz_full, scratch.free
+        self.left_full, self.left_free = scratch.left_full, scratch.left_free
+        views = shared.tile_views(scratch.tiles)
         self.key_mma, self.dz_mma, self.out_reg = views[0]  # dq through L comes where dq leaves
         self.key_in, self.dz_in, self.out_in = views[1]
         self.out_packs = views[-1][2]
-        self.group = lax.axis_index("group")
         self.head0, self.tile0 = start[0], start[1]
-        self.turns = lax.div(items.units - block + blocks - 1, blocks)
+        self.turns = self.share(items.units)
 
     def place(self, t: Index) -> tuple[Number, Number, Number, Number, Number]:
         """As `_Items.place`, of a turn."""
-        return self.items.place(self.block + t * self.blocks)
+        return self.items.place(self.number(t))
 
     def key_steps(self, item: Index) -> Index:
         """Key tiles that an item's query tile sees; none if there is no such item."""

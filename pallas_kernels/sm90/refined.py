@@ -19,7 +19,7 @@ from monarchrt.pallas_kernels.sm90.left_backward import left_backward_role
 from monarchrt.pallas_kernels.sm90.left_refine_backward import left_refine_backward_role
 from monarchrt.pallas_kernels.sm90.query import query_role
 from monarchrt.pallas_kernels.sm90.right_backward_independent import independent_role
-from monarchrt.pallas_kernels.sm90.shared import launch
+from monarchrt.pallas_kernels.sm90.roles import launch
 from monarchrt.pallas_kernels.sm90.types import Index
 
 PairKernels = Callable[..., Any]

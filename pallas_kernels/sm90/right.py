@@ -9,7 +9,6 @@ past its end (b2 = 52 or 45): rows outside are read as zeros and never written.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -26,12 +25,11 @@ from monarchrt.pallas_kernels.sm90.config import (
     COMPUTE_REGISTERS,
     LOAD_REGISTERS,
     ROWS,
-    ColumnBlocks,
     RightConfig,
-    column_blocks,
 )
-from monarchrt.pallas_kernels.sm90.shared import LOG2E, Role
-from monarchrt.pallas_kernels.sm90.types import Index, Place, Refs
+from monarchrt.pallas_kernels.sm90.roles import Given, KeyRowItems, PersistentBlock, Role, specialised
+from monarchrt.pallas_kernels.sm90.shared import LOG2E
+from monarchrt.pallas_kernels.sm90.types import Index
 
 
 def right_role(
@@ -90,77 +88,49 @@ def right_role(
         further=further,
     )
     split = items.split
-    blocks = min(config.blocks, items.units)
-
-    def run(block, inputs, outputs, scratch):
-        work = kind(items, blocks, block, inputs, outputs, scratch)
-        pl.when(work.group < groups)(work.compute)
-        pl.when(work.group == groups)(work.load)
-
     shapes = (
         (stages, slabs, ROWS, slab),
         (key_stages, slabs, depth, slab),
         (key_stages, slabs, depth, slab),
     )
-    packs = (split.packed, split.tail_rows) if split.items > split.whole else None
     struct = jax.ShapeDtypeStruct
     dtype, *slabs_out = kind.stored(q)
     shape = (batch * heads, tiles, pairs, cols, *slabs_out)
     rows_shape = (batch * heads, split.items, ROWS, -(-pairs // key_block) * key_block)
     outs = [(groups, slabs_out[0], ROWS, slabs_out[1])] * 2
     if dtype == q.dtype:
-        tiles_scratch = [shared.tile_scratch([*shapes, *outs], dtype, slab, packs)]
+        tiles_scratch = [shared.tile_scratch([*shapes, *outs], dtype, slab, items.packs)]
     else:
-        tiles_scratch = [shared.tile_scratch(shapes, q.dtype, slab, packs)]
-        tiles_scratch += [shared.tile_scratch(outs, dtype, slabs_out[1], packs)]
+        tiles_scratch = [shared.tile_scratch(shapes, q.dtype, slab, items.packs)]
+        tiles_scratch += [shared.tile_scratch(outs, dtype, slabs_out[1], items.packs)]
     return Role(
-        run,
+        specialised(lambda given: kind(items, given), groups),
         name="monarch_right",
         outputs=(*[struct(shape, dtype)] * (1 + values), *(struct(rows_shape, x) for x in kind.numbers)),
-        scratch=(
-            *tiles_scratch,
-            plgpu.Barrier(num_arrivals=1 + values, num_barriers=key_stages),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=key_stages),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
+        scratch=dict(
+            tiles=tuple(tiles_scratch),
+            key_full=plgpu.Barrier(num_arrivals=1 + values, num_barriers=key_stages),
+            key_free=plgpu.Barrier(num_arrivals=groups, num_barriers=key_stages),
+            q_full=plgpu.Barrier(num_barriers=stages),
+            q_free=plgpu.Barrier(num_barriers=stages),
         ),
         groups=groups,
-        blocks=blocks,
+        blocks=min(config.blocks, items.units),
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Items:
-    """The work of the kernel: 64 columns of a query tile, or the last ones of several, are an item of a key row."""
+class Items(KeyRowItems):
+    """The work of the kernel, as `right_role` has it."""
 
-    q: jax.ShapeDtypeStruct
-    pairs: int
     scale: float
-    heads: int
-    tiles: int
     key_block: int
-    masked: bool
     config: RightConfig
     values: bool
     further: bool
 
-    @functools.cached_property
-    def split(self) -> ColumnBlocks:
-        """Which columns an item has."""
-        return column_blocks(self.q.shape[3], self.tiles, self.masked)
 
-    @property
-    def units(self) -> int:
-        """Key rows of all heads and batch entries, with the items of each."""
-        return self.q.shape[0] * self.heads * self.pairs
-
-    def place(self, unit: Index) -> Place:
-        """Batch entry, head of the chunk and key row of a unit."""
-        pairs, heads = self.pairs, self.heads
-        return lax.div(unit, heads * pairs), lax.rem(lax.div(unit, pairs), heads), lax.rem(unit, pairs)
-
-
-class Block:
+class Block(PersistentBlock):
     """A persistent block: the arrays, its shared memory, and its turns, a key row of a head each.
 
     Whole key rows are strided over the blocks, so that blocks share a head's queries in L2; those left over are split
@@ -177,29 +147,24 @@ class Block:
         """Type, slabs and elements of a slab of vectors of alpha and Y, for queries as `right_role` has them."""
         return q.dtype, q.shape[5], q.shape[6]
 
-    def __init__(
-        self,
-        items: Items,
-        blocks: int,
-        block: Index,
-        inputs: Refs,
-        outputs: Refs,
-        scratch: Refs,
-    ) -> None:
-        self.items, self.config, self.blocks, self.block = items, items.config, blocks, block
+    def __init__(self, items: Items, given: Given) -> None:
+        super().__init__(given)
+        scratch, block, blocks = given.scratch, self.block, self.blocks
+        self.items, self.config = items, items.config
         self.groups, self.stages = items.config.warpgroups, items.config.query_stages
         self.slabs = items.q.shape[5]
         cols = items.q.shape[3]
         self.depth, self.width = items.config.depth(cols), items.config.width(cols)
-        self.q, self.k, self.v, self.limits, start = inputs
+        self.q, self.k, self.v, self.limits, start = given.inputs
         count = 1 + items.values  # of alpha and Y
-        self.vectors, (self.c, *self.more_numbers) = outputs[:count], outputs[count:]
-        *smem, self.key_full, self.key_free, self.q_full, self.q_free = scratch
-        views = [[ref for refs in view for ref in refs] for view in zip(*map(shared.tile_views, smem), strict=True)]
+        self.vectors, (self.c, *self.more_numbers) = given.outputs[:count], given.outputs[count:]
+        self.key_full, self.key_free = scratch.key_full, scratch.key_free
+        self.q_full, self.q_free = scratch.q_full, scratch.q_free
+        by_view = zip(*map(shared.tile_views, scratch.tiles), strict=True)
+        views = [[ref for refs in view for ref in refs] for view in by_view]
         self.q_mma, self.k_mma, self.v_mma, self.alpha_reg, self.y_reg = views[0]
         self.q_in, self.k_in, self.v_in, *self.vectors_out = views[1]
         self.q_packs, _, _, *self.vectors_packs = views[-1]
-        self.group = lax.axis_index("group")
         self.head0, self.tile0, self.bound = start[0], start[1], start[2]
 
         count = items.split.items

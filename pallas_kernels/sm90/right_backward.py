@@ -17,8 +17,8 @@ from monarchrt.pallas_kernels.sm90 import shared
 from monarchrt.pallas_kernels.sm90.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, RightBackwardConfig
 from monarchrt.pallas_kernels.sm90.right_backward_independent import independent_role
 from monarchrt.pallas_kernels.sm90.right_backward_items import NOWHERE, Items, put, softmax, through_softmax
-from monarchrt.pallas_kernels.sm90.shared import Role
-from monarchrt.pallas_kernels.sm90.types import Flag, Index, Number, Place, Refs, Slabs, Tile
+from monarchrt.pallas_kernels.sm90.roles import Given, PersistentBlock, Role, specialised
+from monarchrt.pallas_kernels.sm90.types import Flag, Index, Number, Place, Slabs, Tile
 
 
 def right_backward_role(
@@ -58,70 +58,55 @@ def right_backward_role(
     groups, stages, width = config.warpgroups, config.stages, config.width(q.shape[3])
     items = Items(q=q, pairs=k.shape[1], heads=heads, tiles=tiles, masked=masked, width=width)
     slabs = q.shape[5]
-    blocks = min(config.blocks, items.units)
-
-    def run(block, inputs, outputs, scratch):
-        work = _Block(items, config, scale, blocks, block, inputs, outputs, scratch)
-        pl.when(work.group < groups)(work.compute)
-        pl.when(work.group == groups)(work.load)
-
     shapes = (
         (stages, 3, slabs, ROWS, SLAB),  # q, d_alpha, dY
         (2, slabs, width, SLAB),  # K, V
         (groups, 2, width, ROWS),  # s dZ and R, keys before queries; dk and dv when they leave
     )
     return Role(
-        run,
+        specialised(lambda given: _Block(items, config, scale, given), groups),
         name="monarch_right_backward",
         outputs=items.outputs(),
-        scratch=(
-            shared.tile_scratch(shapes, q.dtype, SLAB, items.packs),
-            plgpu.SMEM((stages, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=groups),
-            plgpu.Barrier(num_arrivals=4, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=groups),
-            plgpu.Barrier(num_arrivals=groups),
+        scratch=dict(
+            tiles=shared.tile_scratch(shapes, q.dtype, SLAB, items.packs),
+            c=plgpu.SMEM((stages, ROWS), jnp.float32),
+            key_full=plgpu.Barrier(num_arrivals=2),
+            key_free=plgpu.Barrier(num_arrivals=groups),
+            full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+            free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            made=plgpu.Barrier(num_arrivals=groups),
+            used=plgpu.Barrier(num_arrivals=groups),
         ),
         groups=groups,
-        blocks=blocks,
+        blocks=min(config.blocks, items.units),
     )
 
 
-class _Block:
+class _Block(PersistentBlock):
     """A persistent block: the arrays, its shared memory, and its turns, one key row of a head each."""
 
-    def __init__(
-        self,
-        items: Items,
-        config: RightBackwardConfig,
-        scale: float,
-        blocks: int,
-        block: Index,
-        inputs: Refs,
-        outputs: Refs,
-        scratch: Refs,
-    ) -> None:
-        self.items, self.scale, self.blocks, self.block = items, scale, blocks, block
+    def __init__(self, items: Items, config: RightBackwardConfig, scale: float, given: Given) -> None:
+        super().__init__(given)
+        scratch = given.scratch
+        self.items, self.scale = items, scale
         self.groups, self.stages = config.warpgroups, config.stages
         self.steps = -(-items.split.items // self.groups)
         self.slabs = items.q.shape[5]
         self.results = 2 * self.slabs // self.groups  # slabs of dk and dv per warpgroup: with D = 64 one has dk, one dv
-        self.q, self.k, self.v, self.d_alpha, self.d_y, self.d_c, self.limits, start = inputs
-        self.dk, self.dv, self.dz = outputs
-        smem, self.c_in, self.key_full, self.key_free, self.full, self.free, self.made, self.used = scratch
-        views = shared.tile_views(smem)
+        self.q, self.k, self.v, self.d_alpha, self.d_y, self.d_c, self.limits, start = given.inputs
+        self.dk, self.dv, self.dz = given.outputs
+        self.c_in, self.key_full, self.key_free = scratch.c, scratch.key_full, scratch.key_free
+        self.full, self.free, self.made, self.used = scratch.full, scratch.free, scratch.made, scratch.used
+        views = shared.tile_views(scratch.tiles)
         self.rows_mma, self.key_mma, self.p_mma = views[0]
         self.rows_in, self.key_in, self.p_out = views[1]
         self.rows_packs = views[-1][0]
-        self.group = lax.axis_index("group")
         self.head0, self.tile0, self.bound, self.wanted, self.wanted_end = (start[n] for n in range(5))
-        self.turns = lax.div(items.units - block + blocks - 1, blocks)
+        self.turns = self.share(items.units)
 
     def place(self, t: Index) -> Place:
         """Batch entry, head of the chunk and key row of a turn."""
-        return self.items.place(self.block + t * self.blocks)
+        return self.items.place(self.number(t))
 
     def seen(self, pair: Number, item: Number) -> Flag:
         """Whether the item exists and its query tile sees the pair."""

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float32
 from monarchrt.pallas_kernels.sm90 import shared
 from monarchrt.pallas_kernels.sm90.config import COMPUTE_REGISTERS, LOAD_REGISTERS, ROWS, SLAB, RightBackwardConfig
 from monarchrt.pallas_kernels.sm90.right_backward_items import NOWHERE, Items, put, softmax, through_softmax
-from monarchrt.pallas_kernels.sm90.shared import Role
-from monarchrt.pallas_kernels.sm90.types import Flag, Index, Number, Place, Refs, Slabs, Tile
+from monarchrt.pallas_kernels.sm90.roles import Given, PersistentBlock, Role, specialised
+from monarchrt.pallas_kernels.sm90.types import Flag, Index, Number, Place, Slabs, Tile
 
 
 def independent_role(
@@ -40,12 +40,9 @@ def independent_role(
     ahead = ring // (2 + values)
     items = Items(q=q, pairs=k.shape[1], heads=heads, tiles=tiles, masked=masked, width=width)
     slabs = q.shape[5]
-    blocks = min(config.blocks, -(-items.units // groups))
 
-    def run(block, inputs, outputs, scratch):
-        work = _Block(items, config, scale, blocks, (values, further), block, inputs, outputs, scratch)
-        pl.when(work.group < groups)(work.compute)
-        pl.when(work.group == groups)(work.load)
+    def block(given):
+        return _Block(items, config, scale, given, values=values, further=further)
 
     shapes = (
         (ring, slabs, ROWS, SLAB),  # q, d_alpha, dY
@@ -53,70 +50,61 @@ def independent_role(
         (groups, 2, width, ROWS),  # s dZ and R, keys before queries; dk and dv when they leave
     )
     return Role(
-        run,
+        specialised(block, groups),
         name="monarch_right_backward_independent",
         outputs=items.outputs(),
-        scratch=(
-            shared.tile_scratch(shapes, q.dtype, SLAB, items.packs),
-            plgpu.SMEM((ahead, ROWS), jnp.float32),
-            plgpu.SMEM((groups, width), jnp.float32),
-            plgpu.Barrier(num_arrivals=1 + values, num_barriers=groups),
-            plgpu.Barrier(num_arrivals=1, num_barriers=groups),
-            plgpu.Barrier(num_arrivals=2, num_barriers=groups * (ahead + 1)),
-            plgpu.Barrier(num_arrivals=1 + values, num_barriers=groups * (ahead + 1)),
-            plgpu.Barrier(num_arrivals=1, num_barriers=ahead),
+        scratch=dict(
+            tiles=shared.tile_scratch(shapes, q.dtype, SLAB, items.packs),
+            c=plgpu.SMEM((ahead, ROWS), jnp.float32),
+            nowhere=plgpu.SMEM((groups, width), jnp.float32),
+            key_full=plgpu.Barrier(num_arrivals=1 + values, num_barriers=groups),
+            key_free=plgpu.Barrier(num_arrivals=1, num_barriers=groups),
+            first_full=plgpu.Barrier(num_arrivals=2, num_barriers=groups * (ahead + 1)),
+            last_full=plgpu.Barrier(num_arrivals=1 + values, num_barriers=groups * (ahead + 1)),
+            free=plgpu.Barrier(num_arrivals=1, num_barriers=ahead),
         ),
         groups=groups,
-        blocks=blocks,
+        blocks=min(config.blocks, -(-items.units // groups)),
     )
 
 
-class _Block:
+class _Block(PersistentBlock):
     """A persistent block: the arrays, its shared memory, and its turns, a key row of a head for each warpgroup."""
 
     def __init__(
-        self,
-        items: Items,
-        config: RightBackwardConfig,
-        scale: float,
-        blocks: int,
-        kind: tuple[bool, bool],
-        block: Index,
-        inputs: Refs,
-        outputs: Refs,
-        scratch: Refs,
+        self, items: Items, config: RightBackwardConfig, scale: float, given: Given, *, values: bool, further: bool
     ) -> None:
-        self.items, self.scale, self.blocks, self.block = items, scale, blocks, block
+        super().__init__(given)
+        scratch = given.scratch
+        self.items, self.scale = items, scale
         self.groups, self.ring = config.warpgroups, config.ring
-        self.values, self.further = kind
+        self.values, self.further = values, further
         self.kinds = 2 + self.values  # cells of an item
-        self.ahead, self.late = divmod(
-            self.ring, self.kinds
-        )  # before cell `late` of item n, item n - ahead must be done with
+        # before cell `late` of item n, item n - ahead must be done with
+        self.ahead, self.late = divmod(self.ring, self.kinds)
         self.slabs = items.q.shape[5]
-        self.q, self.k, self.v, self.d_alpha, self.d_y, self.d_c, self.limits, self.start = inputs
-        self.dk, self.dv, self.dz = outputs
-        smem, self.c_in, self.nowhere, self.key_full, self.key_free, *full, self.free = scratch
-        self.first_full, self.last_full = full
-        views = shared.tile_views(smem)
+        self.q, self.k, self.v, self.d_alpha, self.d_y, self.d_c, self.limits, self.start = given.inputs
+        self.dk, self.dv, self.dz = given.outputs
+        self.c_in, self.nowhere, self.free = scratch.c, scratch.nowhere, scratch.free
+        self.key_full, self.key_free = scratch.key_full, scratch.key_free
+        self.first_full, self.last_full = scratch.first_full, scratch.last_full
+        views = shared.tile_views(scratch.tiles)
         self.rows_mma, self.key_mma, self.p_mma = views[0]
         self.rows_in, self.key_in, self.p_out = views[1]
         self.rows_packs = views[-1][0]
-        self.group = lax.axis_index("group")
         self.tile0, self.bound = self.start[1], self.start[2]
 
     def turns(self) -> Index:
         """How many this block has."""
-        shares = -(-self.items.units // self.groups)
-        return lax.div(shares - self.block + self.blocks - 1, self.blocks)
+        return self.share(-(-self.items.units // self.groups))
 
     def place(self, t: Index, g: Index) -> Place:
         """Batch entry, head of the chunk and key row of a warpgroup's turn."""
-        return self.items.place((self.block + t * self.blocks) * self.groups + g)
+        return self.items.place(self.number(t) * self.groups + g)
 
     def exists(self, t: Number, g: Index) -> Flag:
         """Whether a warpgroup's turn has a key row."""
-        return (self.block + t * self.blocks) * self.groups + g < self.items.units
+        return self.number(t) * self.groups + g < self.items.units
 
     def live(self, t: Number, g: Index) -> Flag:
         """Whether the key row exists and a query tile sees it."""

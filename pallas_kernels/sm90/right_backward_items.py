@@ -1,7 +1,6 @@
 """Back through R, what both its kernels share: items and where they lie, R and its scores' gradient in registers."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,52 +8,23 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32
 
-from monarchrt.pallas_kernels.sm90.config import ROWS, ColumnBlocks, column_blocks
+from monarchrt.pallas_kernels.sm90.config import ROWS
+from monarchrt.pallas_kernels.sm90.roles import KeyRowItems
 from monarchrt.pallas_kernels.sm90.shared import LOG2E
-from monarchrt.pallas_kernels.sm90.types import Index, Place, Ref, Rows, Tile
+from monarchrt.pallas_kernels.sm90.types import Index, Ref, Rows, Tile
 
 NOWHERE = -1e20  # a score below all, whose products with gradients are finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Items:
-    """The work of a kernel: 64 columns of a query tile, or the last ones of several, are an item of a key row.
+class Items(KeyRowItems):
+    """The work of a kernel.
 
     Attributes:
-        q: [B, A, b1, b2, H, D/64, 64].
-        pairs: C*b1.
-        heads: Heads of the chunk.
-        tiles: Query tiles of the chunk.
-        masked: Whether limits may be below C*b1.
         width: Keys of a key row in a product, b2 or more.
     """
 
-    q: jax.ShapeDtypeStruct
-    pairs: int
-    heads: int
-    tiles: int
-    masked: bool
     width: int
-
-    @functools.cached_property
-    def split(self) -> ColumnBlocks:
-        """Which columns an item has."""
-        return column_blocks(self.q.shape[3], self.tiles, self.masked)
-
-    @property
-    def packs(self) -> tuple[int, int] | None:
-        """How the 64 rows of a pack of last columns are split: tiles and rows of each; None without such."""
-        return (self.split.packed, self.split.tail_rows) if self.split.items > self.split.whole else None
-
-    @property
-    def units(self) -> int:
-        """Key rows of all heads and batch entries, with the items of each."""
-        return self.q.shape[0] * self.heads * self.pairs
-
-    def place(self, unit: Index) -> Place:
-        """Batch entry, head of the chunk and key row of a unit."""
-        pairs, heads = self.pairs, self.heads
-        return lax.div(unit, heads * pairs), lax.rem(lax.div(unit, pairs), heads), lax.rem(unit, pairs)
 
     def real_columns(self, item: Index) -> Bool[Array, "64"]:
         """Which of an item's 64 rows are columns of the chunk's query tiles [64]."""

@@ -1,6 +1,5 @@
-"""What the kernels share: tiles that the copy engine and the tensor cores see differently, and the launch."""
+"""What the kernels share: tiles that the copy engine and the tensor cores see differently, sums, stores."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from monarchrt.pallas_kernels.sm90.config import REDUCTIONS, ROWS, ColumnBlocks
+from monarchrt.pallas_kernels.sm90.config import ROWS, ColumnBlocks
 from monarchrt.pallas_kernels.sm90.types import Index, Ref, Refs
 
 LOG2E = math.log2(math.e)
@@ -51,29 +50,6 @@ def tile_scratch(
 def tile_views(scratch: Ref) -> tuple[Refs, ...]:
     """The references of a `tile_scratch`: to multiply, load and store; to copy from and to; and in split rows."""
     return tuple(scratch)
-
-
-@dataclasses.dataclass(frozen=True)
-class Role:
-    """A computation that a kernel's persistent blocks carry out.
-
-    Attributes:
-        run: Called as run(block, inputs, outputs, scratch) with the block's number among `blocks` and references.
-        name: What profilers call the kernel.
-        outputs: Types of the outputs.
-        scratch: Types of the scratch.
-        groups: Computing warpgroups; one more loads.
-        blocks: Blocks that share the work.
-        reduction_bytes: Scratch for reductions across the warps of a warpgroup; one warpgroup at a time may do them.
-    """
-
-    run: Callable[..., None]
-    name: str
-    outputs: tuple[jax.ShapeDtypeStruct, ...]
-    scratch: tuple
-    groups: int
-    blocks: int
-    reduction_bytes: int = REDUCTIONS
 
 
 def gradient_scales(dtype: DTypeLike, scale: float) -> tuple[float, float]:
@@ -148,38 +124,3 @@ def varying(x: jax.Array, *sources: jax.Array) -> jax.Array:
     axes = frozenset().union(*(jax.typeof(y).manual_axis_type.varying for y in sources))
     missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
     return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
-def launch(role: Role, inputs: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Runs a role as one kernel.
-
-    Args:
-        role: What its blocks do.
-        inputs: As the role says.
-
-    Returns:
-        The role's outputs.
-    """
-    from jax import lax
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    def body(*refs):
-        def scoped(*scratch):
-            role.run(lax.axis_index("block"), refs[: len(inputs)], refs[len(inputs) :], scratch)
-
-        pl.run_scoped(scoped, *role.scratch, collective_axes="group")
-
-    body.__name__ = role.name
-    results = plgpu.kernel(
-        body,
-        out_type=role.outputs,
-        grid=(role.blocks,),
-        grid_names=("block",),
-        num_threads=role.groups + 1,
-        thread_name="group",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=role.reduction_bytes
-        ),
-    )(*inputs)
-    return tuple(varying(x, *inputs) for x in results)

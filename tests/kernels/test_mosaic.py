@@ -381,7 +381,7 @@ def scratch_bytes(role, *, reductions: bool = True) -> int:
     def size(ref):
         return math.prod(ref.inner_aval.shape) * ref.inner_aval.dtype.itemsize
 
-    for scratch in role.scratch:
+    for scratch in jax.tree.leaves(role.scratch):
         if isinstance(scratch, plgpu.Barrier):
             barriers += math.prod(untyped(scratch.num_barriers))
         elif isinstance(scratch, plgpu.RefUnion):

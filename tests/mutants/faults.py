@@ -177,7 +177,7 @@ FAULTS = (
         "numbers_and_no_races",
     ),
     Fault(
-        "pallas_kernels/sm90/left_backward_items.py",
+        "pallas_kernels/sm90/roles.py",
         "lax.rem(x, self.tiles)\n",
         "lax.div(x, self.tiles)\n",
         MOSAIC_BACK,
