@@ -1,7 +1,8 @@
 """The compiled functions of a run: one training step, and the errors of the networks on held-out data."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -78,18 +79,50 @@ def make_train_step(
     if unknown := sorted(set(configs) - set(graphs)):
         raise ValueError(f"configs has {unknown[0]!r}, but the networks are {', '.join(map(repr, graphs))}.")
 
-    def update(role: str, roles: dict[str, RoleState], batch: Batch, draws: Any, done: Any) -> tuple[RoleState, Any]:
-        own, training = roles[role], trainings[role]
+    stacks = may_write_stacks(objective, configs, trainings, shardings)
+    mesh: Any = None if shardings is None else _everywhere(shardings).mesh
+    if mesh is None:
+        options = training_options(stacks=stacks)
+    else:
+        ahead = ahead and may_gather_ahead(objective, trainings, mesh)
+        devices, heads, fsdp = _shared_by(mesh)
+        options = training_options(devices, heads=heads, fsdp=fsdp, ahead=ahead, stacks=stacks)
+    # otherwise the compiler might change the state's shardings, and the next call would compile again
+    places: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, _everywhere(shardings))}
+    step = _Step(objective, graphs, trainings, mesh_of(shardings), stacks)
+    return compiled_by_all(
+        jax.jit(step.step_fn, donate_argnums=0, static_argnames="due", compiler_options=options, **places)
+    )
+
+
+@dataclass(frozen=True, eq=False)  # JAX's caches want a hash, which mappings have not
+class _Step:
+    """The computation of a training step; the arguments are those of `make_train_step`."""
+
+    objective: Objective
+    graphs: Graphs
+    trainings: Mapping[str, Training]
+    mesh: AbstractMesh  # over which networks split their batch
+    stacks: bool  # whether layers write their values for the backward pass into stacks
+
+    def step_fn(
+        self, state: TrainState, batches: Mapping[str, Batch], due: Sequence[str]
+    ) -> tuple[TrainState, dict[str, Metrics]]:
+        """Updates the roles that are due, one after the other, each with the networks that the ones before left."""
+        key = jax.random.fold_in(state.rng, state.step)
+        draws = self.objective.draws(key, Batch(*next(iter(batches.values()))))
+        done, roles, metrics = state.step + 1, dict(state.roles), {}
+        for role in due:
+            roles[role], metrics[role] = self.update(role, roles, batches[role], draws[role], done)
+        return TrainState(step=done, roles=roles, rng=state.rng), metrics
+
+    def update(
+        self, role: str, roles: Mapping[str, RoleState], batch: Batch, draws: Any, done: jax.Array
+    ) -> tuple[RoleState, Metrics]:
+        """One role's new state and its metrics; `done` counts steps, this one included."""
+        own, training = roles[role], self.trainings[role]
         settings = training.settings
-
-        def loss_of(params: Any, batch: Batch, draws: Any) -> tuple[jax.Array, Metrics]:
-            networks = networks_of(objective, graphs, roles, {role: params})
-            return objective.loss(role, networks, Batch(*batch), draws)
-
-        def loss_and_grads(batch: Batch, draws: Any) -> Any:
-            with use_abstract_mesh(mesh_of(shardings)), stacks_written(stacks):
-                return jax.value_and_grad(loss_of, has_aux=True)(own.params, batch, draws)
-
+        loss_and_grads = functools.partial(self.loss_and_grads, role, roles)
         if settings.accumulation == 1:
             (loss, extra), grads = loss_and_grads(batch, draws)
         else:
@@ -116,28 +149,15 @@ def make_train_step(
         )
         return new, metrics
 
-    def step_fn(
-        state: TrainState, batches: Mapping[str, Batch], due: Sequence[str]
-    ) -> tuple[TrainState, dict[str, Metrics]]:
-        key = jax.random.fold_in(state.rng, state.step)
-        draws = objective.draws(key, Batch(*next(iter(batches.values()))))
-        done, roles, metrics = state.step + 1, dict(state.roles), {}
-        for role in due:
-            roles[role], metrics[role] = update(role, roles, batches[role], draws[role], done)
-        return TrainState(step=done, roles=roles, rng=state.rng), metrics
+    def loss_and_grads(self, role: str, roles: Mapping[str, RoleState], batch: Batch, draws: Any) -> Any:
+        """((loss, metrics), gradient of the role's parameters) for a batch or a part of it."""
 
-    # otherwise the compiler might change the state's shardings, and the next call would compile again
-    places: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, _everywhere(shardings))}
-    stacks = may_write_stacks(objective, configs, trainings, shardings)
-    options = training_options(stacks=stacks)
-    if shardings is not None:
-        mesh: Any = _everywhere(shardings).mesh
-        ahead = ahead and may_gather_ahead(objective, trainings, mesh)
-        devices, heads, fsdp = _shared_by(mesh)
-        options = training_options(devices, heads=heads, fsdp=fsdp, ahead=ahead, stacks=stacks)
-    return compiled_by_all(
-        jax.jit(step_fn, donate_argnums=0, static_argnames="due", compiler_options=options, **places)
-    )
+        def loss_of(params: Any, batch: Batch, draws: Any) -> tuple[jax.Array, Metrics]:
+            networks = networks_of(self.objective, self.graphs, roles, {role: params})
+            return self.objective.loss(role, networks, Batch(*batch), draws)
+
+        with use_abstract_mesh(self.mesh), stacks_written(self.stacks):
+            return jax.value_and_grad(loss_of, has_aux=True)(roles[role].params, batch, draws)
 
 
 def networks_of(
