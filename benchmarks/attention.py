@@ -61,8 +61,8 @@ class Row:
 
     @property
     def published(self) -> bool:
-        """Whether the published kernels, as `published.py` calls them, do the same: a step, tiles of whole frames."""
-        return self.height_parts == self.num_iters == 1 and self.blocks == "fh,w"
+        """Whether the published kernels do the same: one step, frames and height as a tile's rows."""
+        return self.num_iters == 1 and self.blocks == "fh,w"
 
     @property
     def works(self) -> tuple[str, ...]:
@@ -386,7 +386,7 @@ def published_errors(row: Row, path: Path) -> dict[str, float]:
         file = Path(folder) / "arrays.npz"
         saved: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in zip(names, arrays, strict=True)}
         np.savez(file, **saved)
-        options = ("--arrays", str(file), "--tile", *map(str, row.tile))
+        options = ("--arrays", str(file), "--tile", *map(str, row.tile), "--parts", str(row.height_parts))
         published_run(path, *options)
         with np.load(file) as results:
             return relative_errors([results[name] for name in ("out", "dq", "dk", "dv")], reference)
@@ -395,7 +395,7 @@ def published_errors(row: Row, path: Path) -> dict[str, float]:
 def published_times(row: Row, args: argparse.Namespace) -> dict[str, dict]:
     """Median ms and peak bytes beyond the inputs of the published kernels, by kind of work."""
     options = ["--grid", *map(str, row.grid), "--tile", *map(str, row.tile), "--decode", str(row.decode_frames)]
-    options += ["--heads", str(row.heads), "--dim", str(row.head_dim)]
+    options += ["--parts", str(row.height_parts), "--heads", str(row.heads), "--dim", str(row.head_dim)]
     if args.published_backward:
         options.append("--backward")
     if args.published_configs:

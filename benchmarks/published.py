@@ -115,8 +115,7 @@ def quick_bench(kernel):
 
 def config_key(args):
     """What a choice of configs holds for; with the backward pass the same kernels are tuned for more."""
-    frames, height, width = args.grid
-    shape = f"tile {args.tile[0]}x{height}x{width}, {frames} frames, head {args.dim}"
+    shape = f"tile {'x'.join(map(str, args.tile))}, {args.grid[0]} frames, head {args.dim}"
     return f"{torch.cuda.get_device_name()}, {shape}, forward{' and backward' if args.backward else ''}"
 
 
@@ -139,14 +138,14 @@ def store_configs(module, args):
     args.configs.write_text(json.dumps(stored | {config_key(args): configs}, indent=1))
 
 
-def compare(module, file, tile):
+def compare(module, file, tile, parts):
     keep_configs(module, slice(1))  # errors do not depend on block sizes; tuning takes minutes
     with np.load(file) as stored:
         arrays = {name: stored[name] for name in stored.files}
     q, k, v, g = (torch.tensor(arrays[name], device="cuda", dtype=torch.bfloat16) for name in ("q", "k", "v", "g"))
     for x in (q, k, v):
         x.requires_grad_()
-    out = module.monarch_attn(q, k, v, tile[0], 1, 1, *tile[1:])
+    out = module.monarch_attn(q, k, v, tile[0], parts, 1, parts * tile[1], tile[2])
     out.backward(g)
     results = {"out": out, "dq": q.grad, "dk": k.grad, "dv": v.grad}
     np.savez(file, **arrays, **{name: x.detach().float().cpu().numpy() for name, x in results.items()})
@@ -161,7 +160,7 @@ def times(module, args):
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
     q, k, v, block, g = tokens(frames), tokens(frames), tokens(frames), tokens(args.decode), tokens(frames)
-    tile, _ = module._get_rearrange_fns(q, args.tile[0], 1, 1, height, width)
+    tile, _ = module._get_rearrange_fns(q, args.tile[0], args.parts, 1, height, width)
     result = {}
     with torch.no_grad():
         tiled = [tile(x).contiguous() for x in (q, block, k, v)]
@@ -179,7 +178,7 @@ def times(module, args):
 
         def step():
             q.grad = k.grad = v.grad = None
-            module.monarch_attn(q, k, v, args.tile[0], 1, 1, height, width).backward(g)
+            module.monarch_attn(q, k, v, args.tile[0], args.parts, 1, height, width).backward(g)
 
         step()
         q.grad = k.grad = v.grad = None
@@ -195,6 +194,7 @@ if __name__ == "__main__":
     parser.add_argument("path")
     parser.add_argument("--arrays")
     parser.add_argument("--tile", type=int, nargs=3, required=True)
+    parser.add_argument("--parts", type=int, default=1, help="tiles above each other in a frame's height")
     parser.add_argument("--grid", type=int, nargs=3)
     parser.add_argument("--decode", type=int, default=3)
     parser.add_argument("--heads", type=int, default=12)
@@ -211,6 +211,6 @@ if __name__ == "__main__":
     for tuned in tuned_kernels(published).values():
         tuned._do_bench = run_once if arguments.share else quick_bench(tuned)
     if arguments.arrays:
-        compare(published, arguments.arrays, arguments.tile)
+        compare(published, arguments.arrays, arguments.tile, arguments.parts)
     else:
         times(published, arguments)
