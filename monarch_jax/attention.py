@@ -272,7 +272,9 @@ def _arrays(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array]:
     query, key, value = array("query", query), array("key", key), array("value", value)
     for name, x in {"query": query, "key": key, "value": value}.items():
         if x.ndim != 4 or any(n < 1 for n in (x.shape[0], *x.shape[2:])):
-            raise ValueError(f"{name} has shape {x.shape}; it should be [batch, tokens, heads, head_dim].")
+            raise ValueError(
+                f"{name} has shape {x.shape}; it should be [batch, tokens, heads, head_dim], each at least 1."
+            )
         if x.dtype != query.dtype:
             raise ValueError(f"{name} has dtype {x.dtype.name}, query has {query.dtype.name}; cast them to one dtype.")
         for axis, what in ((0, "batch"), (2, "heads"), (3, "head_dim")):

@@ -7,7 +7,7 @@ from typing import Literal
 from monarch_jax.checks import flag, one_of, positive, triple
 
 BLOCKS = ("fh,w", "w,fh", "f,hw", "hw,f", "fw,h", "h,fw")
-AXES = ("frames", "height", "width")
+AXES = ("frames", "rows", "columns")
 MAX_ITERS = 100  # the steps are unrolled in the program; the paper uses 1
 
 

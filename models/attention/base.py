@@ -389,8 +389,9 @@ class Attention(abc.ABC):
         clip = Clip(grid=grid, causal_block=causal_block, context=context)
         query, key, value = (array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
         for name, tokens in {"query": query, "key": key, "value": value}.items():
-            if tokens.ndim != 4:
-                raise ValueError(f"{name} has shape {tokens.shape}; it should be [B, {clip.tokens}, heads, head_dim].")
+            if tokens.ndim != 4 or 0 in tokens.shape:
+                form = f"[B, {clip.tokens}, heads, head_dim], each at least 1"
+                raise ValueError(f"{name} has shape {tokens.shape}; it should be {form}.")
             if tokens.shape[1] != clip.tokens:
                 raise ValueError(f"{name} has {tokens.shape[1]} tokens; grid={grid} has {clip.tokens}.")
             if tokens.shape != query.shape or tokens.dtype != query.dtype:

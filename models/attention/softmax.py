@@ -27,7 +27,8 @@ def softmax_attention(
 ) -> Float[Array, "B Q n d"]:
     """Softmax attention without a mask, with scale d^-1/2 and a float32 softmax.
 
-    On a mesh each device attends for its part of the batch and its heads, since cuDNN supports no other splits.
+    On a mesh each device attends for its part of the batch and its heads, since cuDNN supports no other splits. Without
+    an NVIDIA GPU float16 is computed in float32: XLA has no products of float16 with float32 sums for CPUs.
 
     Examples:
         >>> x = jnp.ones((1, 8, 2, 4))
@@ -59,12 +60,21 @@ def softmax_attention(
 
     def attend(_: None, query: Array, key: Array, value: Array, lengths: Array | None) -> Array:
         run: Attend = partial(jax.nn.dot_product_attention, implementation=implementation)  # type: ignore[arg-type]
+        if query.dtype == jnp.float16 and not on_cuda():
+            run = _in_float32(run)
         if lengths is not None:
             return run(query, key, value, key_value_seq_lengths=lengths)
         groups = query_groups(query.shape, key.shape[1]) if implementation == "cudnn" else 1
         return run(query, key, value) if groups == 1 else _by_groups(run, groups)(query, key, value)
 
     return on_each_device(attend, None, (query, key, value, lengths), (*(BY_HEADS,) * 3, BY_HEADS[:1]))
+
+
+def _in_float32(attend: Attend) -> Attend:
+    def run(*arrays: Array, **options: Any) -> Array:
+        return attend(*(x.astype(jnp.float32) for x in arrays), **options).astype(arrays[0].dtype)
+
+    return run
 
 
 def query_groups(shape: tuple[int, ...], keys: int) -> int:

@@ -34,9 +34,9 @@ GRID = (4, 6, 8)
         (dict(grid=(4, 6, 7)), r"query has 192 tokens, grid=\(4, 6, 7\) has 4\*6\*7 = 168"),
         (
             dict(tile=(1, 4, 8)),
-            r"tile=\(1, 4, 8\): 4 does not divide the 6 height of grid=\(4, 6, 8\); the nearest that do are 3 or 6",
+            r"tile=\(1, 4, 8\): 4 does not divide the 6 rows of grid=\(4, 6, 8\); the nearest that do are 3 or 6",
         ),
-        (dict(tile=(1, 9, 8)), r"9 does not divide the 6 height .* the nearest that does is 6"),
+        (dict(tile=(1, 9, 8)), r"9 does not divide the 6 rows .* the nearest that does is 6"),
         (dict(tile=(3, 6, 8)), r"3 does not divide the 4 frames of grid"),
         (dict(tile=8), r"tile=8 is not three integers \(n_f, n_h, n_w\)"),
         (dict(blocks="h,w"), r"blocks='h,w' is unknown; .* Choices: 'fh,w', 'w,fh', 'f,hw'"),

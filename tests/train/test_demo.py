@@ -124,7 +124,7 @@ def test_resumed_it_finds_the_same(clip, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tile", "2", "3", "14"), "tile=(2, 3, 14): 3 does not divide the 8 height of grid=(4, 8, 14); the nearest"),
+        (("--tile", "2", "3", "14"), "tile=(2, 3, 14): 3 does not divide the 8 rows of grid=(4, 8, 14); the nearest"),
         (("--height", "37"), "height is 37, which is not a positive multiple of patch 4; the nearest that is: 36"),
         (("--steps", "0"), "steps is 0; it must be at least 1"),
         (("--video", "no_such.mp4"), "video no_such.mp4 does not exist"),

@@ -239,7 +239,7 @@ class TestWhatDoesNotFit:
             (["--teacher.preset", "huge"], "teacher.preset='huge' is unknown"),
             (["--critic.attention", "sparse"], "critic.attention='sparse': 'sparse' is not a kind"),
             (["--student.overrides", "num_layers=0"], "student: num_layers=0 is not a positive"),
-            (["--critic.tile", "1", "3", "3"], "critic.tile=(1, 3, 3): 3 does not divide the 2 height"),
+            (["--critic.tile", "1", "3", "3"], "critic.tile=(1, 3, 3): 3 does not divide the 2 rows"),
         ],
     )
     def test_settings_name_their_role(self, command, capsys, tmp_path, words, message):

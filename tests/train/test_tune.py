@@ -16,7 +16,7 @@ CONFIGS = heuristic(Target(90), b1=4, b2=5, dim=16, itemsize=2)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--grid 21 30 52 --tile 1 30 51", "51 does not divide the 52 width"),
+        ("--grid 21 30 52 --tile 1 30 51", "51 does not divide the 52 columns"),
         ("--grid 21 30 52 --tile 1 30 52 --query-frames 22", "query_frames=22 is more than the 21 frames of grid"),
         ("--grid 21 30 52 --tile 1 30 52 --heads 0", "heads is 0; it must be at least 1"),
         ("--grid 21 30 52 --tile 1 30 52 --query-frames -3", "query_frames is -3; it must be at least 1"),

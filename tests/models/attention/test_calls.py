@@ -66,6 +66,7 @@ def test_a_causal_block_without_a_frame(kind, block):
         ((2, 96, 2, 8), "float32", r"key has shape \(2, 96, 2, 8\)"),
         ((1, 96, 2, 8), "bfloat16", r"key has shape \(1, 96, 2, 8\), dtype bfloat16; query has .*, float32"),
         ((96, 2, 8), "float32", r"key has shape \(96, 2, 8\); it should be \[B, 96, heads, head_dim\]"),
+        ((1, 96, 0, 8), "float32", r"key has shape \(1, 96, 0, 8\); .* each at least 1"),
         ((1, 96, 2, 8), "int32", r"key has dtype int32; it should be one of bfloat16"),
     ],
 )

@@ -77,3 +77,14 @@ def test_gradients_by_groups_of_queries(monkeypatch, batch):
     for one, other in zip(found, right, strict=True):
         one, other = (np.asarray(x, np.float64) for x in (one, other))
         assert np.linalg.norm(one - other) < 4e-3 * np.linalg.norm(other)
+
+
+def test_float16_without_a_gpu():
+    """XLA's products of float16 with sums in float32 are not for CPUs."""
+    q, k, v = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 6, 2, 8)), jnp.float16)
+    found = jax.jit(softmax_attention)(q, k, v, valid_keys=jnp.int32(4))
+    expected = softmax_attention(*(x.astype("float32") for x in (q, k[:, :4], v[:, :4])))
+    assert found.dtype == jnp.float16
+    np.testing.assert_allclose(found.astype("float32"), expected, atol=1e-3)
+    gradient = jax.jit(jax.grad(lambda q: softmax_attention(q, k, v).astype("float32").sum()))(q)
+    assert gradient.dtype == jnp.float16

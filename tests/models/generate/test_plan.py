@@ -127,7 +127,7 @@ class TestRefusals:
             (dict(frames=85), "frames is 85; .*; the nearest: 81 or 93"),
             (dict(frames=81, independent_first_frame=True), "after the first one whole blocks .* nearest: 73 or 85"),
             (dict(frames=2), "the nearest: 9"),
-            (dict(tile=(1, 7, 52)), r"tile=\(1, 7, 52\): 7 does not divide the 30 height"),
+            (dict(tile=(1, 7, 52)), r"tile=\(1, 7, 52\): 7 does not divide the 30 rows"),
             (dict(tile=(2, 30, 52)), r"tile=\(2, 30, 52\): 2 does not divide the 3 frames"),
             (
                 dict(tile=(3, 30, 52), independent_first_frame=True, frames=85),
