@@ -1,9 +1,12 @@
 """Stores from registers to device memory, of a warpgroup that sums columns in `fused`, in PTX as `cluster`'s."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Float32
 
 from monarchrt.pallas_kernels.sm90.cluster import (
@@ -41,6 +44,14 @@ def _global(array: ir.Value, units: ir.Value, size: int) -> ir.Value:
     return arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(array)), offset)
 
 
+def _words(values: fa.FragmentedArray, numbers: Sequence[int]) -> list[ir.Value]:
+    """Some of an array's registers, two elements each, as int32."""
+    if utils.bytewidth(values.mlir_dtype) == 2:
+        return _registers(values, numbers)
+    pairs = (values.registers.flat[n] for n in numbers)
+    return [utils.bitcast(vector.extract(pair, [], [m]), _i32()) for pair in pairs for m in range(2)]
+
+
 _KEEP = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global"
 
 
@@ -54,7 +65,7 @@ def output(
     steps: tuple[int, int],
     together: int,
 ) -> None:
-    """Writes O [64, 128] in 16 bits, whose columns are as Y's, in their right order to device memory.
+    """Writes O [64, 128] in 16 bits or float32, whose columns are as Y's, in their right order to device memory.
 
     Args:
         out: The whole output, vectors of 128.
@@ -73,11 +84,13 @@ def output(
             number = _add(_scalar(place), _times(row, steps[0]), _times(column, steps[1]))
             there = arith.cmpi(arith.CmpIPredicate.slt, column, _scalar(count))
             there = _flag(arith.andi(there, _below(row, rows)))
-            base = _global(out, _add(_times(number, 16), _part(_thread(), 0, 2)), 16)
+            size = 8 * utils.bytewidth(values.mlir_dtype)  # of what a thread has together
+            base = _global(out, _add(_times(number, 16), _part(_thread(), 0, 2)), size)
             for g in range(4):
-                registers = _registers(values, (2 * (4 * g + m) + half for m in range(4)))
-                text = _KEEP + f".v4.b32 [$0+{64 * g}], {{$2, $3, $4, $5}}; }}"
-                _ptx(text, base, there, *registers, constraints="l,r,r,r,r,r,~{memory}")
+                words = _words(values, [2 * (4 * g + m) + half for m in range(4)])
+                for n in range(0, len(words), 4):
+                    text = _KEEP + f".v4.b32 [$0+{4 * size * g + 4 * n}], {{$2, $3, $4, $5}}; }}"
+                    _ptx(text, base, there, *words[n : n + 4], constraints="l,r,r,r,r,r,~{memory}")
 
     run(out, jnp.int32(place), jnp.int32(count), values)
 

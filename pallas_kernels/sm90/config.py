@@ -465,6 +465,8 @@ class FusedConfig:
         overlap: Whether what makes key rows has a next product under way while it sends, for registers of what sums;
             its warps then wait for each other before they give room back.
         direct: Whether the output leaves from registers, so that the next item's queries come while it is made.
+        spread: Whether the items that are left over when the clusters have had equally many are cut along the keys, a
+            part for every cluster; without masks, with `direct`.
     """
 
     clusters: int = 0
@@ -473,10 +475,13 @@ class FusedConfig:
     resident: bool = False
     overlap: bool = False
     direct: bool = False
+    spread: bool = False
 
     def __post_init__(self) -> None:
         if self.clusters < 0:
             raise ValueError(f"clusters={self.clusters} is negative; 0 is for two kernels.")
+        if self.spread and not self.direct:
+            raise ValueError("spread=True with direct=False: parts of an item leave from registers, so direct=True.")
         if (self.blocks, self.columns) not in ((16, 4), (8, 8), (8, 7)):
             raise ValueError(
                 f"blocks={self.blocks} with columns={self.columns} must be 16 with 4, 8 with 8 or 8 with 7: two "

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Float32
 
 from monarchrt.pallas_kernels.sm90 import cluster, cluster_store, shared
 from monarchrt.pallas_kernels.sm90.config import CLUSTER_VECTORS, ROWS, SLAB, FusedConfig
+from monarchrt.pallas_kernels.sm90.fused_sizes import Sizes, put_together
 from monarchrt.pallas_kernels.sm90.types import Flag, Index, Ref, Refs
 
 LOG2E = math.log2(math.e)
@@ -63,37 +64,46 @@ def fused(
     thin = (slabs, SLAB)
     count = batch * tiles
     pairs = k.shape[1] * rows
-    clusters = min(config.clusters, count * heads)
     inputs = (
         q.reshape(count, rows, cols, heads, *thin),
         q.reshape(count, rows, cols * heads, *thin),
         *(x.reshape(batch * pairs, cols, heads, *thin) for x in (k, v)),
         limits,
     )
-    sizes = _Sizes(
+    sizes = Sizes(
         tiles=tiles,
         rows=rows,
         cols=cols,
         heads=heads,
         pairs=pairs,
         items=count * heads,
-        form=dataclasses.replace(config, clusters=clusters),
+        form=dataclasses.replace(config, spread=config.spread and not masked),
         scale=scale,
         masked=masked,
         dtype=q.dtype,
     )
+    left, parts = sizes.left
+    if not left:
+        sizes = dataclasses.replace(
+            sizes, form=dataclasses.replace(config, clusters=min(config.clusters, sizes.items), spread=False)
+        )
+
+    results = [
+        jax.ShapeDtypeStruct((count, rows, cols * heads, *thin), q.dtype),
+        jax.ShapeDtypeStruct((count, heads, cols, config.rows), jnp.float32),
+    ]
+    if left:
+        results.append(jax.ShapeDtypeStruct((parts, left, rows, cols, dim), jnp.float32))
+        results.append(jax.ShapeDtypeStruct((parts, left, cols, config.rows), jnp.float32))
 
     def monarch_fused(*refs):
-        _run(sizes, refs[:7], refs[7:])
+        _run(sizes, refs[: 5 + len(results)], refs[5 + len(results) :])
 
-    out, lse = plgpu.kernel(
+    out, lse, *split = plgpu.kernel(
         monarch_fused,
-        out_type=(
-            jax.ShapeDtypeStruct((count, rows, cols * heads, *thin), q.dtype),
-            jax.ShapeDtypeStruct((count, heads, cols, config.rows), jnp.float32),
-        ),
+        out_type=tuple(results),
         scratch_types=_scratch(q.dtype, config),
-        grid=(clusters,),
+        grid=(sizes.form.clusters,),
         grid_names=("unit",),
         cluster=(config.blocks,),
         cluster_names=("block",),
@@ -101,6 +111,8 @@ def fused(
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )(*inputs)
+    if split:
+        out, lse = put_together(sizes, out, lse, *split)
     lse = lse.reshape(batch, tiles, heads, cols, config.rows)[..., :rows].transpose(0, 1, 4, 3, 2)
     return shared.varying(out.reshape(q.shape), q, k), shared.varying(lse, q, k)
 
@@ -139,33 +151,7 @@ def _scratch(dtype: jnp.dtype, form: FusedConfig) -> tuple[Any, ...]:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """Of the whole call: query tiles of a batch entry, rows and columns of a tile, heads, pairs, items; clusters."""
-
-    tiles: int
-    rows: int
-    cols: int
-    heads: int
-    pairs: int
-    items: int
-    form: FusedConfig
-    scale: float
-    masked: bool
-    dtype: jnp.dtype
-
-    @property
-    def owners(self) -> int:
-        """Blocks of a cluster that have columns."""
-        return -(-self.cols // self.form.columns)
-
-    @property
-    def width(self) -> int:
-        """Columns of keys in a product."""
-        return -(-self.cols // 8) * 8
-
-
-def _run(sizes: _Sizes, arrays: Refs, scratch: Refs) -> None:
+def _run(sizes: Sizes, arrays: Refs, scratch: Refs) -> None:
     """What each warpgroup of each block does."""
     work = _Block(sizes, arrays, scratch)
     cluster.initialise(work.passed, [1] * (2 * STAGES) + [2 * sizes.owners] * (2 * STAGES))
@@ -192,9 +178,9 @@ class _Block:
 
     slabs, dim = 2, 2 * SLAB
 
-    def __init__(self, sizes: _Sizes, arrays: Refs, scratch: Refs) -> None:
+    def __init__(self, sizes: Sizes, arrays: Refs, scratch: Refs) -> None:
         self.sizes, self.form = sizes, sizes.form
-        self.q_rows, self.q_columns, self.k, self.v, self.limits, self.out, self.lse = arrays
+        self.q_rows, self.q_columns, self.k, self.v, self.limits, self.out, self.lse, *parts = arrays
         smem, alpha, self.y_bytes, self.small, self.passed, *barriers = scratch
         self.q_full, self.q_free, self.key_full, self.key_free, self.columns_full, self.columns_free = barriers
         multiply, copy, plain = smem
@@ -204,12 +190,39 @@ class _Block:
         self.alpha_mma, self.alpha_bytes = alpha
         self.group, self.block, self.unit = (lax.axis_index(name) for name in ("group", "block", "unit"))
         self.exponent = sizes.scale * LOG2E
-        self.rounds = lax.div(sizes.items - self.unit + self.form.clusters - 1, self.form.clusters)
+        self.count_turns()
+        if self.left:
+            self.parts_out, self.parts_lse = parts
+
+    def count_turns(self) -> None:
+        """Turns of the cluster, and which of them are parts of items."""
+        items, clusters = self.sizes.items, self.form.clusters
+        self.left, self.parts = self.sizes.left
+        self.full = items // clusters
+        if self.left:
+            self.rounds = jnp.int32(self.full + self.left * self.parts // clusters)
+        else:
+            self.rounds = lax.div(items - self.unit + clusters - 1, clusters)
+
+    def piece(self, r: Index) -> tuple[Index, Index]:
+        """Which of the items that are left over, and which part of its keys, the cluster's r-th turn is."""
+        n = self.unit + (r - self.full) * self.form.clusters
+        return lax.rem(n, self.left), lax.div(n, self.left)
+
+    def span(self, r: Index, whole: Index) -> tuple[Index, Index]:
+        """First step of the cluster's r-th turn in its item, which has `whole` steps, and how many it has."""
+        if not self.left:
+            return jnp.int32(0), whole
+        _, part = self.piece(r)
+        first, end = lax.div(part * whole, self.parts), lax.div((part + 1) * whole, self.parts)
+        return jnp.where(r < self.full, 0, first), jnp.where(r < self.full, whole, end - first)
 
     def place(self, r: Index) -> tuple[Index, Index, Index, Index, Index]:
         """Query tile of the whole batch, its batch entry, head, pairs seen and steps of the cluster's r-th item."""
         tiles, heads = self.sizes.tiles, self.sizes.heads
         item = self.unit + r * self.form.clusters  # clusters side by side read the same keys
+        if self.left:
+            item = jnp.where(r < self.full, item, self.full * self.form.clusters + self.piece(r)[0])
         entry, tile, head = lax.div(item, tiles * heads), lax.rem(item, tiles), lax.rem(lax.div(item, tiles), heads)
         limit = self.limits[tile] if self.sizes.masked else jnp.int32(self.sizes.pairs)
         return entry * tiles + tile, entry, head, limit, lax.div(limit + self.form.blocks - 1, self.form.blocks)
@@ -230,14 +243,17 @@ class _Block:
         k = lax.div(n, seen)
         return k, n - k * seen
 
-    def anew(self, i: Index, before: int, limit: Index, steps: Index) -> "jax.Array | bool":
+    def anew(
+        self, i: Index, before: int, limit: Index, steps: Index, span: tuple[Index, Index] | None = None
+    ) -> "jax.Array | bool":
         """Whether step i of an item has another query row than the step two before or after, of the same warpgroup."""
         if not self.form.resident:
             return True
+        low, count = span or (0, steps)
         j = i + before
         first = self.block * steps
         other = self.turn(first + j, limit)[0] != self.turn(first + i, limit)[0]
-        return (j < 0) | (j >= steps) | other
+        return (j < low) | (j >= low + count) | other
 
     def stage_of(self, t: Index) -> tuple[Index, Index]:
         """Stage of step t, counted over all items, and the parity of its being full."""
@@ -254,7 +270,8 @@ class _Block:
             plgpu.barrier_arrive(self.columns_free)
 
             def item(r, done):
-                tile, _entry, head, _limit, steps = self.place(r)
+                tile, _entry, head, _limit, whole = self.place(r)
+                steps = self.span(r, whole)[1]
                 plgpu.barrier_wait(self.columns_full)
                 cluster.exchange(self.columns_bytes, my_bytes)
                 plgpu.commit_smem()
@@ -270,8 +287,8 @@ class _Block:
                 if self.form.direct:
                     if self.sizes.masked:  # no step gave the queries' room back
                         pl.when(steps == 0)(lambda: plgpu.barrier_arrive(self.columns_free))
-                    means, numbers = means.astype(self.sizes.dtype), (top + jnp.log2(total)) * (1 / LOG2E)
-                    self.store_columns(tile, head, means, numbers)
+                    numbers = (top + jnp.log2(total)) * (1 / LOG2E)
+                    self.store_columns(r, tile, head, means, numbers)
                     return done + steps
                 plgpu.commit_smem()  # every warp has read its rows of the query tile, which the output replaces
                 cluster.put(self.columns_bytes, my_bytes, means.astype(self.sizes.dtype))
@@ -319,17 +336,31 @@ class _Block:
         return top, total, sums
 
     def store_columns(
-        self, tile: Index, head: Index, means: Float[Array, "64 128"], numbers: Float32[Array, "64"]
+        self, r: Index, tile: Index, head: Index, means: Float32[Array, "64 128"], numbers: Float32[Array, "64"]
     ) -> None:
         """Stores the columns' output and log-sum-exp from registers: nothing waits in the room of their queries."""
         sizes, form, together = self.sizes, self.form, self.form.together
         first = self.block * form.columns + together * self.group
         count = jnp.minimum(sizes.cols - first, form.columns - together * self.group)
-        place = (tile * sizes.rows * sizes.cols + first) * sizes.heads + head
-        steps = (sizes.cols * sizes.heads, sizes.heads)
-        cluster_store.output(self.out, place, count, means, rows=sizes.rows, steps=steps, together=together)
-        place = ((tile * sizes.heads + head) * sizes.cols + first) * form.rows
-        cluster_store.numbers(self.lse, place, count, numbers, together=together)
+
+        def whole():
+            place = (tile * sizes.rows * sizes.cols + first) * sizes.heads + head
+            sizes_of = {"rows": sizes.rows, "steps": (sizes.cols * sizes.heads, sizes.heads), "together": together}
+            cluster_store.output(self.out, place, count, means.astype(sizes.dtype), **sizes_of)
+            place = ((tile * sizes.heads + head) * sizes.cols + first) * form.rows
+            cluster_store.numbers(self.lse, place, count, numbers, together=together)
+
+        def part():
+            item, n = self.piece(r)
+            at = (n * self.left + item) * sizes.cols
+            sizes_of = {"rows": sizes.rows, "steps": (sizes.cols, 1), "together": together}
+            cluster_store.output(self.parts_out, at * sizes.rows + first, count, means, **sizes_of)
+            cluster_store.numbers(self.parts_lse, (at + first) * form.rows, count, numbers, together=together)
+
+        if not self.left:
+            return whole()
+        pl.when(r < self.full)(whole)
+        pl.when(r >= self.full)(part)
 
     def send_columns(self, tile: Index, head: Index, my_lse: Index) -> None:
         """Starts the copies of the columns' output and log-sum-exp."""
@@ -351,7 +382,7 @@ class _Block:
         mine = self.group - 2
         if self.form.overlap:
             plgpu.set_max_registers(self.form.registers[1], action="increase")
-        last = lax.fori_loop(0, self.rounds, lambda r, n: n + self.place(r)[-1], jnp.int32(0)) - 1
+        last = lax.fori_loop(0, self.rounds, lambda r, n: n + self.span(r, self.place(r)[-1])[1], jnp.int32(0)) - 1
         plgpu.barrier_arrive(self.q_free.at[mine])
 
         # waiting for a barrier's phase is remembered by its parity: each of the two sees every filling of every slot
@@ -366,12 +397,14 @@ class _Block:
             plgpu.barrier_arrive(self.key_free.at[2])
 
         def item(r, done):
-            *_, limit, steps = self.place(r)
+            *_, limit, whole = self.place(r)
+            span = self.span(r, whole)
+            steps = span[1]
             first = lax.rem(done + mine, 2)
 
             def step(n, _):
                 i = first + 2 * n
-                self.make_step(i, done + i, mine, limit, steps, last)
+                self.make_step(span[0] + i, done + i, mine, limit, whole, span, last)
                 return ()
 
             lax.fori_loop(0, lax.div(steps - first + 1, 2), step, ())
@@ -379,15 +412,17 @@ class _Block:
 
         lax.fori_loop(0, self.rounds, item, jnp.int32(0))
 
-    def make_step(self, i: Index, t: Index, mine: Index, limit: Index, steps: Index, last: Index) -> None:
+    def make_step(
+        self, i: Index, t: Index, mine: Index, limit: Index, steps: Index, span: tuple[Index, Index], last: Index
+    ) -> None:
         """The block's key row of an item's step i, step t of all, with its query rows."""
         passed, block, owners = self.passed, self.block, self.sizes.owners
         stage, parity = self.stage_of(t)
         to = {"stage": stage, "form": self.form}
         slot = lax.rem(t, KEY_SLOTS)
-        pl.when(self.anew(i, -2, limit, steps))(lambda: plgpu.barrier_wait(self.q_full.at[mine]))
+        pl.when(self.anew(i, -2, limit, steps, span))(lambda: plgpu.barrier_wait(self.q_full.at[mine]))
         plgpu.barrier_wait(self.key_full.at[slot])
-        p, entropies = self.probabilities(mine, slot, self.anew(i, 2, limit, steps))
+        p, entropies = self.probabilities(mine, slot, self.anew(i, 2, limit, steps, span))
 
         def vectors(factor, n):
             def run(acc):
@@ -482,20 +517,22 @@ class _Block:
         plgpu.set_max_registers(self.form.registers[2], action="decrease")
 
         def item(r, done):
-            tile, entry, head, limit, steps = self.place(r)
+            tile, entry, head, limit, whole = self.place(r)
+            span = self.span(r, whole)
+            steps = span[1]
             window = pl.ds(tile * 0, self.sizes.width)
 
             def load(i, _):
                 t = done + i
                 slot, maker = lax.rem(t, KEY_SLOTS), lax.rem(t, 2)
-                pair, row, _ = self.pair(i, limit, steps)
+                pair, row, _ = self.pair(span[0] + i, limit, whole)
                 plgpu.barrier_wait(self.key_free.at[slot])
                 for n, source in enumerate((self.k, self.v)):
                     for m in range(self.slabs):
                         box = source.at[entry * self.sizes.pairs + pair, window, head, m]
                         target = self.key_in.at[slot, n, m, pl.ds(0, self.sizes.width)]
                         plgpu.copy_gmem_to_smem(box, target, self.key_full.at[slot])
-                pl.when(self.anew(i, -2, limit, steps))(lambda: self.load_row(tile, row, head, maker))
+                pl.when(self.anew(span[0] + i, -2, limit, whole, span))(lambda: self.load_row(tile, row, head, maker))
                 # first what makers wait for
                 pl.when((i == 1) & (self.block < self.sizes.owners))(lambda: self.load_columns(tile, head))
                 return ()

@@ -152,6 +152,8 @@ def test_one_kernel_for_both_stages_is_for_cards_that_it_was_measured_on(monkeyp
         assert tuning.forward(30, 52, 128) == dataclasses.replace(measured, fused=form)
     with pytest.raises(ValueError, match="clusters=-1 is negative"):
         tuning.changed(measured, {"fused": {"clusters": -1}})
+    with pytest.raises(ValueError, match="spread=True with direct=False"):
+        tuning.changed(measured, {"fused": {"direct": False, "spread": True}})
     with pytest.raises(ValueError, match="blocks=8 with columns=4 must be 16 with 4, 8 with 8 or 8 with 7"):
         tuning.changed(measured, {"fused": {"blocks": 8}})
 
@@ -169,6 +171,7 @@ def test_products_under_way_are_for_calls_without_masks(few):
     """With masks the compiler would wait for each: too few registers."""
     plain, masked = (there(tuning.forward(30, 52, 128, few=few, masked=x)).fused for x in (False, True))
     assert (plain.overlap, plain.resident, plain.direct, plain.clusters) == (True, True, True, 7)
+    assert plain.spread == few
     assert (masked.overlap, masked.resident, masked.direct, masked.clusters) == (False, False, False, 7)
 
 

@@ -181,9 +181,11 @@ FUSED = [
     dict(clusters=7),
     dict(clusters=7, resident=True, overlap=True),
     dict(clusters=7, resident=True, overlap=True, direct=True),
+    dict(clusters=7, resident=True, overlap=True, direct=True, spread=True),
     dict(clusters=15, blocks=8, columns=8),
     dict(clusters=15, blocks=8, columns=7, resident=True, overlap=True),
     dict(clusters=15, blocks=8, columns=7, resident=True, overlap=True, direct=True),
+    dict(clusters=15, blocks=8, columns=7, direct=True, spread=True),
 ]
 
 
