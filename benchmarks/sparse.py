@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 from attention import MAX_ERROR, attempt, clocked, dense_attention, timed, with_gradients
 
-from monarch_jax.block_sparse import block_sparse_attention, kernel_sides
+from monarch_jax.block_mask import kernel_sides
+from monarch_jax.block_sparse import block_sparse_attention
 from monarch_jax.contract import SparseProblem, SparseResiduals
 from monarchrt.models.attention import listed
 from monarchrt.triton_kernels import block_sparse, config

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from monarch_jax import block_sparse
-from monarch_jax.block_sparse import BlockMask, block_sparse_attention
+from monarch_jax.block_mask import BlockMask, apart
+from monarch_jax.block_sparse import block_sparse_attention
 from monarch_jax.checks import one_of
 from monarch_jax.devices import on_cuda
 from monarchrt.models.attention.base import NOT_STORED
@@ -166,7 +167,7 @@ def _attend_stack(
     query: Array, key: Array, value: Array, mask: BlockMask, stack: tuple[Array, Array, Array], implementation: Any
 ) -> Array:
     """Attention that reads keys and values in the stack; gradients are computed from those of the one layer."""
-    arrays, whole = block_sparse.apart(mask)
+    arrays, whole = apart(mask)
 
     @jax.custom_vjp
     def attend(query, key, value, given, stack):

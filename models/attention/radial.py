@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from monarch_jax.block_sparse import block_mask
+from monarch_jax.block_mask import block_mask
 from monarch_jax.checks import LARGEST, one_of, positive
 from monarchrt.models.attention.base import Context, Density, Grid
 from monarchrt.models.attention.listed import Blocks, ListedAttention, even_starts, frames_of, is_known

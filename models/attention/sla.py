@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from monarch_jax.block_sparse import block_mask
+from monarch_jax.block_mask import block_mask
 from monarch_jax.checks import flag, positive
 from monarchrt.models.attention.base import ALWAYS_WRITTEN, Context, Density, Grid, Sizes, zero_linear
 from monarchrt.models.attention.listed import Blocks, ListedAttention, even_starts

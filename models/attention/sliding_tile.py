@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from monarch_jax import MonarchKVCache
-from monarch_jax.block_sparse import block_mask
+from monarch_jax.block_mask import block_mask
 from monarch_jax.checks import positive, triple
 from monarchrt.models.attention.base import CacheShape, Context, Density, Grid
 from monarchrt.models.attention.listed import Blocks, ListedAttention, Order, frames_of, is_known

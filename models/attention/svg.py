@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from monarch_jax.block_sparse import BlockMask, block_mask
+from monarch_jax.block_mask import BlockMask, block_mask
 from monarch_jax.checks import index, positive
 from monarchrt.models.attention.base import ALWAYS_WRITTEN, Context, Density, Grid
 from monarchrt.models.attention.listed import Blocks, ListedAttention, Order, either, even_starts, frames_of

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from monarch_jax import MonarchKVCache
-from monarch_jax.block_sparse import block_mask
+from monarch_jax.block_mask import block_mask
 from monarch_jax.checks import flag, triple
 from monarchrt.models.attention.base import (
     ALWAYS_WRITTEN,

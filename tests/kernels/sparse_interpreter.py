@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from monarch_jax.block_sparse import block_mask, kernel_sides
+from monarch_jax.block_mask import block_mask, kernel_sides
 from monarch_jax.contract import Side, SparseProblem
 from monarchrt.models.attention.listed import by_head
 from monarchrt.triton_kernels import sparse

@@ -13,7 +13,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from monarch_jax.block_sparse import IMPLEMENTATIONS, block_mask, block_sparse_attention, choose, kernel_sides
+from monarch_jax.block_mask import block_mask, kernel_sides
+from monarch_jax.block_sparse import IMPLEMENTATIONS, block_sparse_attention, choose
 from monarch_jax.contract import Side, SparseProblem, SparseResiduals
 from monarchrt import triton_kernels
 from monarchrt.triton_kernels import block_sparse

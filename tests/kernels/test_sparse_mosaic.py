@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from monarch_jax import devices
-from monarch_jax.block_sparse import block_mask, block_sparse_attention, choose, kernel_sides
+from monarch_jax.block_mask import block_mask, kernel_sides
+from monarch_jax.block_sparse import block_sparse_attention, choose
 from monarch_jax.contract import SparseProblem
 from monarchrt.pallas_kernels import block_sparse
 from monarchrt.pallas_kernels.sm90.block_sparse import SparseForwardConfig, forward

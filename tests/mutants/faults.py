@@ -247,17 +247,15 @@ FAULTS = (
     Fault("triton_kernels/sparse.py", "tl.program_id(0) % PARTS * N + tl", "tl", TRITON, "interpreter_agrees"),
     Fault("triton_kernels/sparse.py", "| (key_place < SINK)", "| (key_place <= SINK)", TRITON, "interpreter_agrees"),
     Fault(
-        "monarch_jax/block_sparse.py",
+        "monarch_jax/block_mask.py",
         "uncut & (shorter[1] == 0)",
         "uncut & (shorter[1] >= 0)",
         TRITON,
         "interpreter_agrees",
     ),
-    Fault(
-        "monarch_jax/block_sparse.py", "blocks * (1 + shorter[", "blocks * (1 + 0 * shorter[", TRITON, "interpreter_"
-    ),
-    Fault("monarch_jax/block_sparse.py", "np.diff(starts), (0, size)", "np.diff(starts), (0, 1, size)", SPARSE_KERNELS),
-    Fault("monarch_jax/block_sparse.py", "(ranks <= listed", "(ranks != listed", SPARSE_KERNELS, "too_short"),
+    Fault("monarch_jax/block_mask.py", "blocks * (1 + shorter[", "blocks * (1 + 0 * shorter[", TRITON, "interpreter_"),
+    Fault("monarch_jax/block_mask.py", "np.diff(starts), (0, size)", "np.diff(starts), (0, 1, size)", SPARSE_KERNELS),
+    Fault("monarch_jax/block_mask.py", "(ranks <= listed", "(ranks != listed", SPARSE_KERNELS, "too_short"),
     Fault(
         "triton_kernels/sparse.py", "level = tl.where(part >= n_all", "level = tl.where(part > n_all", TRITON, "interp"
     ),

@@ -72,7 +72,7 @@ BLOCK_SPARSE = (
         "pallas_kernels/sm90/block_sparse.py", "jnp.minimum(n + 1, l", "jnp.minimum(n, l", SPARSE_MOSAIC, "whole_maps"
     ),
     Fault(
-        "monarch_jax/block_sparse.py",
+        "monarch_jax/block_sparse_xla.py",
         "jnp.where(jnp.swapaxes(seen, -1, -2), pick(x, columns), 0)",
         "pick(x, columns)",
         ("tests/kernels/test_block_sparse.py",),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monarch_jax.block_sparse import BlockMask
+from monarch_jax.block_mask import BlockMask
 from monarchrt.models.attention import listed as listed_kinds
 from monarchrt.models.attention import svg2, top_k
 from monarchrt.models.attention.base import Context
