@@ -9,6 +9,9 @@ turn; 4 loads. What a sum reads has two buffers; the blocks that write there wai
 
 Tiles of up to 16 rows can have clusters of 8 blocks, of which each sums 7 or 8 columns, four in a warpgroup, 16 rows
 each: fewer blocks to send to, and more of a card's multiprocessors in clusters.
+
+With `spread`, what is left over when the clusters have had equally many items is cut along the keys, a part for each;
+outputs and log-sum-exps of the parts are put together afterwards (`fused_sizes`).
 """
 
 import dataclasses
