@@ -37,6 +37,7 @@ from jax.sharding import use_abstract_mesh
 
 from monarchrt.models.compiling import training_options
 from monarchrt.models.errors import UserError
+from monarchrt.models.memory import memory
 from monarchrt.models.mesh import MeshShape
 from monarchrt.models.wan import WanModel, wan_config
 from monarchrt.train.config import OptimizerConfig
@@ -280,91 +281,106 @@ def time_parts(
     return seconds
 
 
-def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times both updates with one kind of student."""
-    make = {
-        "student": functools.partial(network, name, args, trains=True, causal_block=3),
-        "critic": functools.partial(network, EXACT, args, trains=True),
-        "teacher": functools.partial(network, EXACT, args, trains=False, preset=args.teacher),
-    }
-    networks = {role: nnx.eval_shape(made) for role, made in make.items()}
-    student = networks["student"]
-    trainings = {
-        "student": make_training(OptimizerConfig(learning_rate=2e-6, beta1=0.0, beta2=0.999), updates=1000),
-        "critic": make_training(
-            OptimizerConfig(learning_rate=4e-7, beta1=0.0, beta2=0.999, ema_decay=None), updates=1000
-        ),
-    }
+class Update:
+    """A student, critic and teacher with random weights, and the compiled steps that train the first two."""
 
-    def create() -> TrainState:
+    def __init__(self, name: str, args: argparse.Namespace):
+        self.name, self.args, placement = name, args, args.placement
+        self.make = {
+            "student": functools.partial(network, name, args, trains=True, causal_block=3),
+            "critic": functools.partial(network, EXACT, args, trains=True),
+            "teacher": functools.partial(network, EXACT, args, trains=False, preset=args.teacher),
+        }
+        networks = {role: nnx.eval_shape(made) for role, made in self.make.items()}
+        settings = {
+            "student": OptimizerConfig(learning_rate=2e-6, beta1=0.0, beta2=0.999),
+            "critic": OptimizerConfig(learning_rate=4e-7, beta1=0.0, beta2=0.999, ema_decay=None),
+        }
+        self.trainings = {role: make_training(own, updates=1000) for role, own in settings.items()}
+        self.shapes = jax.eval_shape(self.create)
+        self.shardings = placement and placement.shardings(self.shapes)
+        config = networks["student"].config
+        self.objective = Fixed(SelfForcingConfig(), args.last, config.text_dim)
+        self.graphs = {role: split_model(model)[0] for role, model in networks.items()}
+        configs = {role: model.config for role, model in networks.items()}
+        self.step = make_train_step(
+            self.objective, self.graphs, self.trainings, configs=configs, shardings=self.shardings
+        )
+        shape = shape_of(args)
+        text = jax.random.normal(jax.random.key(1), (shape[0], config.text_len, config.text_dim), jnp.bfloat16)
+        batch = Batch(np.zeros(shape, np.float32), np.asarray(text, np.float32))
+        self.batch = placement.batch(batch) if placement else batch
+
+    def create(self) -> TrainState:
+        """The state before the first update."""
         roles = {}
-        for role, made in make.items():
+        for role, made in self.make.items():
             params, frozen = split_model(made())[1:]
             roles[role] = (
-                create_role(params, frozen, trainings[role])
-                if role in trainings
+                create_role(params, frozen, self.trainings[role])
+                if role in self.trainings
                 else create_role(nnx.State({}), nnx.merge_state(params, frozen), None)
             )
         return create_state(roles, seed=0)
 
-    state, placement = jax.eval_shape(create), args.placement
-    shardings = placement and placement.shardings(state)
-    if not args.shapes:
-        start = time.perf_counter()
-        state = jax.block_until_ready(jax.jit(create, **({} if shardings is None else {"out_shardings": shardings}))())
-        print(f"{name}: networks with random weights made in {time.perf_counter() - start:.0f} s", flush=True)
-    objective = Fixed(SelfForcingConfig(), args.last, student.config.text_dim)
-    graphs = {role: split_model(model)[0] for role, model in networks.items()}
-    configs = {role: model.config for role, model in networks.items()}
-    step = make_train_step(objective, graphs, trainings, configs=configs, shardings=shardings)
-    shape = shape_of(args)
-    sizes = shape[0], student.config.text_len, student.config.text_dim
-    text = jax.random.normal(jax.random.key(1), sizes, jnp.bfloat16)
-    batch = Batch(np.zeros(shape, np.float32), np.asarray(text, np.float32))
-    batch = placement.batch(batch) if placement else batch
-    if args.shapes:
-        for role in args.updates:
-            step.eval_shape(state, {role: batch}, due=(role,))
+    def show_sizes(self) -> None:
+        """Traces the updates and prints what each role holds."""
+        for role in self.args.updates:
+            self.step.eval_shape(self.shapes, {role: self.batch}, due=(role,))
         held = {
-            role: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.roles[role])) / 1e9
-            for role in networks
+            role: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.shapes.roles[role])) / 1e9
+            for role in self.make
         }
-        print(f"{name}: {', '.join(f'{role} {size:.1f} GB' for role, size in held.items())}; {sum(held.values()):.1f}")
-        return []
-    seconds_of = time_parts(objective, graphs, state, batch, trainings["student"], args)
-    print("  ".join(f"{part} {seconds:.2f} s" for part, seconds in seconds_of.items()), flush=True)
-    rows = []
-    for role in args.updates:
+        sizes = ", ".join(f"{role} {size:.1f} GB" for role, size in held.items())
+        print(f"{self.name}: {sizes}; {sum(held.values()):.1f}")
+
+    def timed(self, role: str, state: TrainState) -> tuple[dict[str, Any], TrainState]:
+        """One role's row of the report, and the state after its updates."""
         start = time.perf_counter()
-        compiled = step.lower(state, {role: batch}, due=(role,)).compile()
+        compiled = self.step.lower(state, {role: self.batch}, due=(role,)).compile()
         compiling = time.perf_counter() - start
-        memory = compiled.memory_analysis()
-        needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        seconds = []
-        for _ in range(args.repeats + 1):
+        needed, seconds = memory(compiled), []
+        for _ in range(self.args.repeats + 1):
             start = time.perf_counter()
-            state, metrics = jax.block_until_ready(compiled(state, {role: batch}))
+            state, metrics = jax.block_until_ready(compiled(state, {role: self.batch}))
             seconds.append(time.perf_counter() - start)
+        devices = devices_of(self.args.placement)
         row = {
             "update": role,
-            "attention": name,
-            "last": args.last,
+            "attention": self.name,
+            "last": self.args.last,
             "seconds": statistics.median(seconds[1:]),
-            "memory_gb": (needed - memory.alias_size_in_bytes) / 1e9,
-            "state_gb": memory.argument_size_in_bytes / 1e9,
+            "memory_gb": needed.arrays / 1e9,
+            "state_gb": needed.arguments / 1e9,
             "compile_seconds": compiling,
             "finite": bool(metrics[role]["finite"]),
-            "clips": shape[0],
-            "peak_bytes": [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices_of(placement)],
+            "clips": self.batch.latents.shape[0],
+            "peak_bytes": [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices],
         }
-        if role == "student":
-            row["parts"] = seconds_of
         print(
-            f"{role:8s} {name:12s} {row['seconds']:6.2f} s  {row['memory_gb']:5.1f} GB, of which the state "
+            f"{role:8s} {self.name:12s} {row['seconds']:6.2f} s  {row['memory_gb']:5.1f} GB, of which the state "
             f"{row['state_gb']:.1f}  compiled in {compiling:.0f} s",
             flush=True,
         )
-        rows.append(row)
+        return row, state
+
+
+def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times both updates with one kind of student."""
+    update = Update(name, args)
+    if args.shapes:
+        update.show_sizes()
+        return []
+    start = time.perf_counter()
+    places = {} if update.shardings is None else {"out_shardings": update.shardings}
+    state = jax.block_until_ready(jax.jit(update.create, **places)())
+    print(f"{name}: networks with random weights made in {time.perf_counter() - start:.0f} s", flush=True)
+    parts = time_parts(update.objective, update.graphs, state, update.batch, update.trainings["student"], args)
+    print("  ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items()), flush=True)
+    rows = []
+    for role in args.updates:
+        row, state = update.timed(role, state)
+        rows.append(row | ({"parts": parts} if role == "student" else {}))
     return rows
 
 

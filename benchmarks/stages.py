@@ -34,6 +34,7 @@ import numpy as np
 from attention_settings import CHECKED, EXACT, latent_shape, name_or_notation, setting
 from flax import nnx
 
+from monarchrt.models.memory import memory
 from monarchrt.models.wan import WanConfig, WanModel, wan_config
 from monarchrt.models.wan.teacher_forced import teacher_forced
 from monarchrt.train.config import OptimizerConfig, role_defaults
@@ -277,14 +278,13 @@ def measure(name: str, attention: str, args: argparse.Namespace) -> dict[str, An
         start = time.perf_counter()
         finite = bool(call())
         seconds.append(time.perf_counter() - start)
-    memory = compiled.memory_analysis()
-    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    needed = memory(compiled)
     return {
         "stage": name,
         "attention": EXACT if stage.settings is None else attention,
         "seconds": statistics.median(seconds[1:]),
-        "memory_gb": (needed - memory.alias_size_in_bytes) / 1e9,
-        "state_gb": memory.argument_size_in_bytes / 1e9,
+        "memory_gb": needed.arrays / 1e9,
+        "state_gb": needed.arguments / 1e9,
         "start_seconds": compiling,
         "finite": finite,
     }

@@ -24,6 +24,11 @@ class Memory(NamedTuple):
         """The sum, which is the peak."""
         return sum(self)
 
+    @property
+    def arrays(self) -> int:
+        """The sum without the code."""
+        return self.total - self.code
+
 
 def reported(program: Any) -> Memory | None:
     """As `memory`, but None if the backend's compiler does not report it."""
