@@ -71,7 +71,18 @@ def attend(
     v: Float[Array, "B C b1 b2 H D"],
     visible: Int[Array, " A"],
 ) -> Float[Array, "B A b1 b2 H D"]:
-    """The output O[a,i,j] = sum over c, k of L Y, where Y = sum over l of R V; implements `contract.Attend`."""
+    """The output O[a,i,j] = sum over c, k of L Y, where Y = sum over l of R V; implements `contract.Attend`.
+
+    Args:
+        problem: The static part of the call.
+        q: [B, A, b1, b2, H, D].
+        k: [B, C, b1, b2, H, D].
+        v: As k.
+        visible: int32 [A], number of leading key tiles that each query tile sees.
+
+    Returns:
+        [B, A, b1, b2, H, D] in the dtype of `q`.
+    """
     left, right = factors(problem, q, k, visible)
     v, letters = _as_seen(problem, v.astype(right.dtype), visible)
     y = stored(_einsum(f"bhackjl,{letters}->bhacjkd", right, v), problem.intermediates)

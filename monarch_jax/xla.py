@@ -27,7 +27,19 @@ def forward(
     v: Float[Array, "B C b1 b2 H D"],
     visible: Int[Array, " A"],
 ) -> tuple[Float[Array, "B A b1 b2 H D"], Float[Array, "B A b1 b2 H"]]:
-    """The forward pass with one refinement step (T = 1): the output and the log-sum-exp of L's scores."""
+    """The forward pass with one refinement step (T = 1).
+
+    Args:
+        problem: The static part of the call.
+        q: [B, A, b1, b2, H, D].
+        k: [B, C, b1, b2, H, D].
+        v: As k.
+        visible: int32 [A], number of leading key tiles that each query tile sees.
+
+    Returns:
+        The output [B, A, b1, b2, H, D] in the dtype of `q`, and the log-sum-exp of L's scores [B, A, b1, b2, H] in
+        float32 or wider.
+    """
     return _forward(problem, _chunk_tiles(q, k), q, k, v, visible)
 
 
@@ -110,7 +122,18 @@ def attend(
     v: Float[Array, "B C b1 b2 H D"],
     visible: Int[Array, " A"],
 ) -> Float[Array, "B A b1 b2 H D"]:
-    """The attention for any T; implements `contract.Attend`."""
+    """The attention for any T; implements `contract.Attend`.
+
+    Args:
+        problem: The static part of the call.
+        q: [B, A, b1, b2, H, D].
+        k: [B, C, b1, b2, H, D].
+        v: As k.
+        visible: int32 [A], number of leading key tiles that each query tile sees.
+
+    Returns:
+        [B, A, b1, b2, H, D] in the dtype of `q`.
+    """
     if problem.num_iters == 1:
         return _attend_once(problem, q, k, v, visible)
     return _attend_more(problem, _chunk_tiles(q, k), q, k, v, visible)
