@@ -21,15 +21,12 @@ from flax import nnx
 
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.runs import checkpoint_steps
-from monarchrt.models.memory import device_memory
 from monarchrt.models.processes.agreement import (
     broadcast_value,
     check_seen,
     check_shared,
-    first_problem,
     is_first_process,
     run_in_first,
-    smallest,
     wait_for_all,
 )
 from monarchrt.models.processes.alike import check_same, listing
@@ -37,7 +34,6 @@ from monarchrt.train.checkpointing import FOLDER_NAME, Checkpoints
 from monarchrt.train.config import RunConfig, TrainConfig
 from monarchrt.train.data import Batch, ClipWindows, LatentFolder, Source
 from monarchrt.train.evaluate import held_out_losses
-from monarchrt.train.gathering import Gathering, fitting
 from monarchrt.train.header import check_fits, run_header
 from monarchrt.train.hooks import Evaluate, Failure, Hook, MetricsLog, Sample, Save
 from monarchrt.train.interrupt import StopRequest
@@ -47,19 +43,19 @@ from monarchrt.train.networks import Networks
 from monarchrt.train.objectives.registry import make_objective
 from monarchrt.train.part_times import PartTimes
 from monarchrt.train.pictures import Pictures, pictures
-from monarchrt.train.plan import Plan, StepPlan, make_plan, most_of, role_plans, step_plans
-from monarchrt.train.remat import Choice, automatic, choose, with_remat
+from monarchrt.train.plan import Plan, make_plan
+from monarchrt.train.programs import Programs, choose_programs, make_step
+from monarchrt.train.remat import automatic
 from monarchrt.train.run_folder import DIGESTS_NAME, FolderLock, claim_folder, compare_identity, identity, write_config
 from monarchrt.train.sample import make_sampler
 from monarchrt.train.sharding import Placement
 from monarchrt.train.sinks import check_sinks, open_sinks
 from monarchrt.train.state import TrainState
-from monarchrt.train.step import StepFn, make_error_fn, make_train_step, may_gather_ahead
+from monarchrt.train.step import make_error_fn
 from monarchrt.train.trainer import Batches, Trainer
 from monarchrt.train.watch import Watch
 
 _EXAMINED = 10_000  # leading steps among which all distinct sets of updated roles are expected
-type _Step = tuple[StepFn, tuple[StepPlan, ...]]  # a step and the memory of its programs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,11 +232,19 @@ class _Run:
         self.networks = self._networks(config)
         self._check_networks(resumed=resumed)
         self.batches = Batches(source, self.objective, run=run, placement=self.placement)
-        self.step_fn = self._step_fn(self.networks)
+        self.step_fn = make_step(self.networks, objective=self.objective, placement=self.placement)
         self._check_step()
-        self.gathering: Gathering | None = None
-        self.remat, self.steps = self._choose_remat()
-        if self.remat is not None:
+        self.programs = choose_programs(
+            Programs(networks=self.networks, step_fn=self.step_fn),
+            config,
+            roles=automatic(config, given=models),
+            networks_of=self._networks,
+            objective=self.objective,
+            placement=self.placement,
+            batches=self._first_batches,
+        )
+        self.networks, self.step_fn = self.programs.networks, self.programs.step_fn
+        if self.programs.remat is not None:
             self.networks.check_origins(resumed=resumed)
         if not dry:
             _ = self.identity  # may read all of the data
@@ -286,69 +290,6 @@ class _Run:
     def _networks(self, config: TrainConfig) -> Networks:
         channels = self.source.latent_shape[-1]
         return Networks(config, self.objective, channels=channels, placement=self.placement, models=self._models)
-
-    def _step_fn(self, networks: Networks, *, ahead: bool = True) -> StepFn:
-        shardings = self.placement.shardings(networks.template)
-        return make_train_step(
-            self.objective,
-            networks.graphs,
-            networks.trainings,
-            configs=networks.configs,
-            shardings=shardings,
-            ahead=ahead,
-        )
-
-    def _choose_remat(self) -> tuple[Choice | None, tuple[StepPlan, ...] | None]:
-        """Chooses the recomputation for `remat="auto"`, and whether weights are gathered a layer ahead.
-
-        Returns:
-            The choice of recomputation, None without roles of `remat="auto"`; and the plans of the steps, which had to
-            be compiled for either choice, None if there was none.
-        """
-        roles = automatic(self.config, given=self._models)
-        may_be_ahead = may_gather_ahead(self.objective, self.networks.trainings, self.placement.mesh)
-        if not roles and not may_be_ahead:
-            return None, None
-        batches, programs = self._first_batches(), {}
-        own = self.placement.mesh.local_devices
-        available = smallest("device memory", min(map(device_memory, own)))  # all processes try the same kinds
-
-        def agreed(fits: bool) -> bool:
-            return first_problem("memory", None if fits else "it does not fit") is None
-
-        def programs_of(networks: Networks) -> tuple[_Step, Gathering | None]:
-            def compiled(ahead: bool) -> _Step:
-                step_fn = self._step_fn(networks, ahead=ahead)
-                return step_fn, step_plans(networks, placement=self.placement, step_fn=step_fn, batches=batches)
-
-            if not may_be_ahead:
-                return compiled(False), None
-            return fitting(compiled, lambda step: most_of(step[1]), available=available, agreed=agreed)
-
-        if not roles:
-            (self.step_fn, steps), self.gathering = programs_of(self.networks)
-            return None, steps
-
-        @functools.cache
-        def made(kind: str) -> tuple[TrainConfig, Networks]:
-            config = with_remat(self.config, roles, kind)
-            return config, self._networks(config)
-
-        def estimate(kind: str) -> int:
-            config, networks = made(kind)
-            plans = role_plans(
-                config, objective=self.objective, networks=networks, placement=self.placement, batches=batches
-            )
-            return sum(plan.held for plan in plans)
-
-        def compiled(kind: str) -> int | None:
-            networks = made(kind)[1]
-            programs[kind] = networks, *programs_of(networks)
-            return most_of(programs[kind][1][1])
-
-        choice = choose(roles, available=available, estimate=estimate, compiled=compiled, agreed=agreed)
-        self.networks, (self.step_fn, steps), self.gathering = programs[choice.kind]
-        return choice, steps
 
     def _first_batches(self) -> dict[tuple[str, ...], Mapping[str, Batch]]:
         """The batches of the first step, for each distinct set of updated roles."""
@@ -441,9 +382,9 @@ class _Run:
             placement=self.placement,
             step_fn=self.step_fn,
             batches=self._first_batches(),
-            remat=self.remat,
-            gathering=self.gathering,
-            steps=self.steps,
+            remat=self.programs.remat,
+            gathering=self.programs.gathering,
+            steps=self.programs.steps,
             done=self.previous.steps()[-1] if self.previous and self.previous.steps() else 0,
             log=read_log(self.config.run.folder) if self.previous else (),
         )
@@ -451,8 +392,9 @@ class _Run:
     def begin(self) -> tuple[TrainState, list[str]]:
         """The initial or restored state, and notes to print about it."""
         run, restored = self.config.run, None
-        notes = [] if self.remat is None else [str(self.remat)]
-        notes += [] if self.gathering is None or self.gathering.ahead else [f"note: {self.gathering}"]
+        remat, gathering = self.programs.remat, self.programs.gathering
+        notes = [] if remat is None else [str(remat)]
+        notes += [] if gathering is None or gathering.ahead else [f"note: {gathering}"]
         if self.previous and self.previous.steps():
             template = self.networks.frozen()
             digests = self.networks.digests(template)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from monarchrt.models.checkpoints.tensor_files import write_arrays
-from monarchrt.train import loop, step
+from monarchrt.train import programs, step
 from monarchrt.train.cli import main
 from monarchrt.train.config import OptimizerConfig
 from monarchrt.train.gathering import fitting
@@ -67,15 +67,15 @@ def command(tmp_path):
 @pytest.fixture
 def made(monkeypatch):
     """Whether the weights of each step that is made are gathered ahead, as on GPUs; there is 1 GiB of memory."""
-    found, whole = [], loop.make_train_step
+    found, whole = [], programs.make_train_step
 
     def make_train_step(*arguments, ahead, **options):
         found.append(ahead)
         return whole(*arguments, ahead=ahead, **options)
 
-    monkeypatch.setattr(loop, "make_train_step", make_train_step)
-    monkeypatch.setattr(loop, "may_gather_ahead", lambda objective, trainings, mesh: True)
-    monkeypatch.setattr(loop, "device_memory", lambda device: 2**30)
+    monkeypatch.setattr(programs, "make_train_step", make_train_step)
+    monkeypatch.setattr(programs, "may_gather_ahead", lambda objective, trainings, mesh: True)
+    monkeypatch.setattr(programs, "device_memory", lambda device: 2**30)
     return found
 
 
@@ -83,7 +83,7 @@ def test_a_plan_says_it(command, made, monkeypatch, capsys):
     assert main([*command, "--plan"]) == 0
     assert "a layer's weights are gathered while the layer before it computes" in capsys.readouterr().out
     assert made[-1]
-    monkeypatch.setattr(loop, "device_memory", lambda device: 2**17)
+    monkeypatch.setattr(programs, "device_memory", lambda device: 2**17)
     assert main([*command, "--plan", "--json"]) == 0
     assert not json.loads(capsys.readouterr().out)["gathered_ahead"]
     assert not made[-1]
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_left_off_and_said(command, made, tmp_path, monkeyp
     assert "gathered" not in capsys.readouterr().err
     assert [row["step"] for row in read_log(tmp_path / "run") if "loss" in row] == [1, 2]
 
-    monkeypatch.setattr(loop, "device_memory", lambda device: 2**17)
+    monkeypatch.setattr(programs, "device_memory", lambda device: 2**17)
     command[command.index("--folder") + 1] = str(tmp_path / "small")
     assert main([*command, "--remat", remat]) == 0
     assert not made[-1]

@@ -122,8 +122,8 @@ def test_each_step_reads_its_batch(source, tmp_path):
     ("where", "resume", "message"),
     [
         ("open_source", False, "already holds a run; continue it with --resume"),  # the folder is there: soon locked
-        ("make_train_step", False, "already holds a run; continue it with --resume"),
-        ("make_train_step", True, "was used by another run meanwhile; try again with --resume"),
+        ("make_step", False, "already holds a run; continue it with --resume"),
+        ("make_step", True, "was used by another run meanwhile; try again with --resume"),
     ],
 )
 def test_a_run_that_came_and_went_while_another_started(source, tmp_path, monkeypatch, where, resume, message):

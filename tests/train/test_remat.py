@@ -10,7 +10,7 @@ from monarchrt.models.checkpoints.tensor_files import write_arrays
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.runs import CONFIG_NAME
 from monarchrt.models.wan import config as wan
-from monarchrt.train import loop
+from monarchrt.train import programs
 from monarchrt.train.cli import main
 from monarchrt.train.cli.roles import parse_roles
 from monarchrt.train.config import AUTO, REMAT, ModelConfig, RoleConfig, TrainConfig, from_dict, to_dict
@@ -150,7 +150,7 @@ def test_a_run_and_what_it_says(tmp_path, monkeypatch, capsys):
     arrays = {"latents": np.ones((3, 4, 4, 16), np.float32), "text": np.zeros((2, 4), np.float32)}
     for number in range(2):
         write_arrays(tmp_path / f"latents/{number}.safetensors", arrays, metadata={})
-    monkeypatch.setattr(loop, "device_memory", lambda device: 3 * 2**15)
+    monkeypatch.setattr(programs, "device_memory", lambda device: 3 * 2**15)
     network = ["num_layers=2", "dim=12", "num_heads=1", "ffn_dim=16", "text_dim=4", "text_len=2", "freq_dim=16"]
     arguments = ["train", "--latents", tmp_path / "latents", "--overrides", *network, "--attention", "dense"]
     arguments += ["--batch", 1, "--held-out", 0.4, "--steps", 1, "--remat", "auto", "--folder", tmp_path / "run"]
