@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from monarchrt.models.processes.place import find_place
-from monarchrt.train.cli.train import _parse_train
+from monarchrt.train.cli.train import parse_train
 from monarchrt.train.config import TrainConfig
 from monarchrt.train.model import model_settings
 
@@ -38,7 +38,7 @@ def commands(tmp_path):
 
 def parsed(command: list[str]) -> TrainConfig:
     assert command[0] == "train"
-    return _parse_train(command[1:])
+    return parse_train(command[1:])
 
 
 def test_slurm(commands, tmp_path):

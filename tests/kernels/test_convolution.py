@@ -21,7 +21,7 @@ from monarchrt.models.vae.layers import ChannelNorm, Conv, FoldedConv
 from monarchrt.pallas_kernels.sm90 import convolution as kernel
 from monarchrt.pallas_kernels.sm90.convolution import ConvConfig, convolution, supports
 from tests.kernels.mosaic_interpreter import interpreted
-from tests.kernels.test_mosaic_compile import H200, NEEDED, _missing
+from tests.kernels.test_mosaic_compile import H200, NEEDED, missing_wheels
 from tests.untyped import there
 
 
@@ -335,7 +335,7 @@ jax.jit(convolution).trace(*inputs).lower().compile()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(_missing()), reason=f"needs {', '.join(NEEDED)}")
+@pytest.mark.skipif(bool(missing_wheels()), reason=f"needs {', '.join(NEEDED)}")
 @pytest.mark.parametrize(
     ("channels", "out", "adds", "norm", "times"),
     [(192, 192, 1, 0, 3), (96, 96, 0, 1, 3), (96, 3, 0, 0, 3), (96, 9, 0, 0, 1)],

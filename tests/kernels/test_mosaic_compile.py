@@ -16,15 +16,15 @@ from tests.untyped import there
 NEEDED = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
 
 
-def _missing() -> list[str]:
+def missing_wheels() -> list[str]:
     installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
     return [name for name in NEEDED if name not in installed]
 
 
-pytestmark = pytest.mark.skipif(bool(_missing()), reason=f"needs {', '.join(NEEDED)}")
+pytestmark = pytest.mark.skipif(bool(missing_wheels()), reason=f"needs {', '.join(NEEDED)}")
 # the plugin of 0.12 compiles what is to be linked, with nvJitLink, and the assembler then ignores `setmaxnreg`
 linked = pytest.mark.xfail(
-    not _missing() and metadata.version("jax-cuda13-plugin").startswith("0.12"),
+    not missing_wheels() and metadata.version("jax-cuda13-plugin").startswith("0.12"),
     reason="the CUDA plugin of 0.12 gives warpgroups no registers of their own",
     strict=False,
 )

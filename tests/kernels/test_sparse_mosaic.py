@@ -22,7 +22,7 @@ from monarchrt.pallas_kernels.sm90.config import SHARED_MEMORY
 from tests.kernels.mosaic_interpreter import interpreted
 from tests.kernels.sparse_cases import Case, error
 from tests.kernels.test_block_sparse import results
-from tests.kernels.test_mosaic_compile import H200, NEEDED, _missing, linked
+from tests.kernels.test_mosaic_compile import H200, NEEDED, linked, missing_wheels
 from tests.kernels.test_mosaic_gpu import pytestmark as hopper
 from tests.untyped import there
 
@@ -135,7 +135,7 @@ jax.jit(lambda *x: block_sparse.forward(problem, *x)).trace(x, x, x, side).lower
 
 
 @linked
-@pytest.mark.skipif(bool(_missing()), reason=f"needs {', '.join(NEEDED)}")
+@pytest.mark.skipif(bool(missing_wheels()), reason=f"needs {', '.join(NEEDED)}")
 @pytest.mark.parametrize(("size", "dim"), [(60, 128), pytest.param(64, 64, marks=pytest.mark.slow)])
 def test_compiles_for_sm_90a(tmp_path, size, dim):
     """Nothing on the stack, products that are not serialised, and the shared memory that its sizes say."""

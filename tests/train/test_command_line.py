@@ -19,7 +19,7 @@ import pytest
 import monarch_jax
 from monarchrt.models.errors import DiskFullError, UserError, disk_full_reason, report_full_disk
 from monarchrt.train import cli, header
-from monarchrt.train.cli.train import _parse_train
+from monarchrt.train.cli.train import parse_train
 from monarchrt.train.config import (
     DataConfig,
     ModelConfig,
@@ -61,7 +61,7 @@ def test_damaged_config_is_an_error(tmp_path):
 
 def test_options_have_no_prefix_and_mean_what_they_say():
     network = ["--tile", "1", "4", "7", "--overrides", "num_layers=2", "dim=96"]
-    config = _parse_train(["--video", "a.mp4", *network, "--clip-norm", "None", "--flip", "--steps", "7"])
+    config = parse_train(["--video", "a.mp4", *network, "--clip-norm", "None", "--flip", "--steps", "7"])
     assert config.data.video == Path("a.mp4")
     assert config.data.flip
     assert config.model.tile == (1, 4, 7)
@@ -73,19 +73,19 @@ def test_options_have_no_prefix_and_mean_what_they_say():
 def test_resume_takes_what_is_not_given_from_the_folder(tmp_path):
     write_config(TrainConfig(data=DataConfig(video=Path("a.mp4"), flip=True), run=RunConfig(folder=tmp_path, steps=9)))
     for form in (["--folder", str(tmp_path)], [f"--folder={tmp_path}"]):
-        config = _parse_train([*form, "--resume", "--batch", "8"])
+        config = parse_train([*form, "--resume", "--batch", "8"])
         assert config.run.resume
         assert (config.run.steps, config.run.batch, config.data.video) == (9, 8, Path("a.mp4"))
         assert config.data.flip
     # what was given the first time may be given again
-    assert _parse_train(["--folder", str(tmp_path), "--resume", "--flip", "--video", "a.mp4"]).data.flip
-    assert _parse_train(["--folder", str(tmp_path)]).run.steps == RunConfig().steps
+    assert parse_train(["--folder", str(tmp_path), "--resume", "--flip", "--video", "a.mp4"]).data.flip
+    assert parse_train(["--folder", str(tmp_path)]).run.steps == RunConfig().steps
 
 
 @pytest.mark.parametrize("part", [field.name for field in dataclasses.fields(TrainConfig) if field.name != "roles"])
 def test_every_option_is_explained_in_the_help(part, capsys):
     with pytest.raises(SystemExit) as stopped:
-        _parse_train(["--help"])
+        parse_train(["--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     text = text[text.index("--help") :]  # after the examples

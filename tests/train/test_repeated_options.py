@@ -6,7 +6,7 @@ from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.train import cli
 from monarchrt.train.cli.parsing import parse
 from monarchrt.train.cli.roles import parse_roles
-from monarchrt.train.cli.train import _parse_train
+from monarchrt.train.cli.train import parse_train
 from monarchrt.train.config import TrainConfig
 
 
@@ -66,9 +66,9 @@ def test_overrides_are_joined(words, overrides):
 )
 def test_overrides_are_joined_to_those_of_the_config(options, values):
     """Else one of them would make another network, in silence, of small's."""
-    small = _parse_train(["--config", "small", "--video", "a.mp4"]).model.override_values()
+    small = parse_train(["--config", "small", "--video", "a.mp4"]).model.override_values()
     assert small["dim"] == 64
-    assert _parse_train(["--config", "small", "--video", "a.mp4", *options.split()]).model.override_values() == (
+    assert parse_train(["--config", "small", "--video", "a.mp4", *options.split()]).model.override_values() == (
         small | values
     )
 
@@ -79,11 +79,11 @@ def test_overrides_of_a_role_are_joined_to_its_own(tmp_path):
         ' "roles": {"critic": {"model": {"overrides": ["dim=48", "num_layers=3"]}}}}'
     )
     options = ["--critic.overrides", "num_layers=1", "--student.overrides", "text_len=4"]
-    config = _parse_train(["--config", str(tmp_path / "a.json"), *options])
+    config = parse_train(["--config", str(tmp_path / "a.json"), *options])
     assert config.model.overrides == ("dim=24", "text_len=4")
     assert config.role("critic").model.overrides == ("dim=48", "num_layers=1")
     assert config.role("teacher").model.overrides == ()
 
 
 def test_overrides_without_any_are_none():
-    assert _parse_train(["--config", "small", "--video", "a.mp4", "--overrides"]).model.overrides == ()
+    assert parse_train(["--config", "small", "--video", "a.mp4", "--overrides"]).model.overrides == ()

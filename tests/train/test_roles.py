@@ -23,7 +23,7 @@ from monarchrt.models.errors import NonFiniteError, UserError
 from monarchrt.models.umt5 import save_embeddings
 from monarchrt.models.wan.checkpoints import load_checkpoint
 from monarchrt.train.cli import main
-from monarchrt.train.cli.train import _parse_train
+from monarchrt.train.cli.train import parse_train
 from monarchrt.train.config import TrainConfig, from_dict, role_defaults, to_dict
 from monarchrt.train.loop import train
 from monarchrt.train.model import build_model
@@ -182,7 +182,7 @@ def test_the_average_is_of_the_updates_from_its_start_on(command, whole, baselin
     def keep(step, state):
         after[step] = jax.tree.map(np.array, (state.roles["student"].params, state.roles["student"].average))
 
-    config = _parse_train([*command[1:], "--folder", str(folder), "--steps", "6"])
+    config = parse_train([*command[1:], "--folder", str(folder), "--steps", "6"])
     result = train(config, quiet=True, after_step=keep)
     assert int(result.state.roles["student"].updates) == 3
     assert int(result.state.roles["critic"].updates) == 6
@@ -343,8 +343,8 @@ class TestWhatDoesNotFit:
         with pytest.raises(
             NonFiniteError, match=r"the (critic|student)'s .* at step 2 .*--(critic|student)\.learning-rate"
         ):
-            train(_parse_train([*command[1:], *options]), quiet=True)
-        config = _parse_train([*command[1:], "--folder", str(tmp_path / "other")])
+            train(parse_train([*command[1:], *options]), quiet=True)
+        config = parse_train([*command[1:], "--folder", str(tmp_path / "other")])
         teacher = build_model(config.role("teacher").model, channels=48, seed=0)
         there(teacher.head.proj.bias)[...] = jnp.nan
         teacherless = {"teacher": teacher}
@@ -361,7 +361,7 @@ def _without_origin(values: dict) -> dict:
 
 
 def test_settings_survive_json_and_files(command, tmp_path):
-    config = _parse_train([*command[1:], "--folder", str(tmp_path)])
+    config = parse_train([*command[1:], "--folder", str(tmp_path)])
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
     assert there(config.role("critic").optimizer).learning_rate == 1e-3
     assert config.optimizer.ema_start == 3
@@ -370,19 +370,19 @@ def test_settings_survive_json_and_files(command, tmp_path):
     file.write_text(
         json.dumps({"objective": "pair", "pull": 0.5, "critic": {"learning_rate": 0.5, "attention": "dense"}})
     )
-    config = _parse_train(["--config", str(file), "--student.learning-rate", "0.25"])
+    config = parse_train(["--config", str(file), "--student.learning-rate", "0.25"])
     assert (untyped(config.objective).pull, config.optimizer.learning_rate) == (0.5, 0.25)
     assert there(config.role("critic").optimizer).learning_rate == 0.5
 
 
 def test_one_role_may_be_named():
-    config = _parse_train(["--student.learning-rate", "0.5", "--student.tile", "1", "2", "2", "--steps", "3"])
+    config = parse_train(["--student.learning-rate", "0.5", "--student.tile", "1", "2", "2", "--steps", "3"])
     assert (config.optimizer.learning_rate, config.model.tile, config.run.steps) == (0.5, (1, 2, 2), 3)
 
 
 def test_help_shows_the_roles(capsys):
     with pytest.raises(SystemExit):
-        _parse_train(["--objective", "pair", "--help"])
+        parse_train(["--objective", "pair", "--help"])
     text = capsys.readouterr().out
     for option in ("--pull", "--student.learning-rate", "--critic.preset", "--teacher.init-from", "--steps"):
         assert option in text

@@ -10,7 +10,7 @@ import pytest
 from monarchrt.models.errors import UserError
 from monarchrt.train.cli import main
 from monarchrt.train.cli.parsing import read_settings
-from monarchrt.train.cli.train import _parse_train, takes_small
+from monarchrt.train.cli.train import parse_train, takes_small
 from monarchrt.train.config import DataConfig, RunConfig, TrainConfig, replace_settings, to_dict
 from monarchrt.train.demo.config import DemoConfig, dense_run
 from monarchrt.train.logs import RunLog, read_log
@@ -166,13 +166,13 @@ class TestSettingsFile:
         toml = tmp_path / "settings.toml"
         toml.write_text(f'steps = 7\nbatch = 2\nfolder = "{tmp_path}/run"\n[model]\ntile = [1, 4, 7]\n')
         for form in (["--config", str(toml)], [f"--config={toml}"]):
-            config = _parse_train([*form, "--batch", "1", "--resume"])
+            config = parse_train([*form, "--batch", "1", "--resume"])
             assert (config.run.steps, config.run.batch, config.run.seed, config.model.tile) == (7, 1, 5, (1, 4, 7))
             assert config.run.folder == tmp_path / "run"
-            assert _parse_train(form).run.seed == RunConfig().seed
+            assert parse_train(form).run.seed == RunConfig().seed
 
     def test_the_config_of_a_run_is_one(self, baseline, tmp_path):
-        config = _parse_train(["--config", str(baseline / "config.json"), "--folder", str(tmp_path)])
+        config = parse_train(["--config", str(baseline / "config.json"), "--folder", str(tmp_path)])
         found = read_config(baseline)
         assert found is not None
         assert (config.data, config.model, config.run.steps) == (found.data, found.model, found.run.steps)
@@ -181,14 +181,14 @@ class TestSettingsFile:
     def test_small_are_the_settings_of_the_demo(self, tmp_path):
         demo = to_dict(dense_run(DemoConfig(video=Path("a.mp4"), folder=tmp_path)))
         options = ["--video", "a.mp4", "--attention", "dense", "--folder", str(tmp_path / "dense")]
-        ours = to_dict(_parse_train(["--config", "small", *options]))
+        ours = to_dict(parse_train(["--config", "small", *options]))
         often = {"eval_every": 100, "checkpoint_every": 100, "keep": 3}
         assert ours == demo | {"run": demo["run"] | often}
 
     def test_small_is_taken_where_nothing_is_said_of_the_network(self, tmp_path):
         """Else a video of plain defaults would end in noise: a token of 192 numbers in a network 96 wide."""
-        small = _parse_train(["--config", "small", "--video", "a.mp4", "--steps", "7"])
-        assert _parse_train(["--video=a.mp4", "--steps=7", "--objective=flow"]) == small
+        small = parse_train(["--config", "small", "--video", "a.mp4", "--steps", "7"])
+        assert parse_train(["--video=a.mp4", "--steps=7", "--objective=flow"]) == small
         (tmp_path / "a.toml").write_text("steps = 7\n")
         for other in (
             ["--preset", "tiny"],
@@ -201,7 +201,7 @@ class TestSettingsFile:
         ):
             assert not takes_small(["--video", "a.mp4", *other])
         assert not takes_small(["--latents", "a"])
-        assert _parse_train(["--video", "a.mp4", "--preset", "tiny"]).data.patch == DataConfig().patch
+        assert parse_train(["--video", "a.mp4", "--preset", "tiny"]).data.patch == DataConfig().patch
         network = replace_settings(TrainConfig(), read_settings(Path("small")))
         settings = model_settings(network.model, channels=3 * network.data.patch**2)
         assert settings.patch_features <= settings.dim

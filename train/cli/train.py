@@ -41,10 +41,25 @@ _SMALL = Path("small")
 _NETWORK = ("--preset", "--overrides")
 
 
-def _parse_train(arguments: Sequence[str]) -> TrainConfig:
+def parse_train(arguments: Sequence[str]) -> TrainConfig:
     """Parses the options of `monarchrt train`.
 
     Those not given come from the file of --config, then, with --resume, from the folder's config.json.
+
+    Args:
+        arguments: The words of the command line after `train`.
+
+    Returns:
+        The settings.
+
+    Raises:
+        UserError: If an option does not exist, a value cannot be read or is out of range, or a file of settings cannot
+            be read.
+
+    Examples:
+        >>> config = parse_train(["--video", "clip.mp4", "--steps", "7"])
+        >>> config.run.steps, str(config.data.video)
+        (7, 'clip.mp4')
     """
     given, path = _take_config(arguments)
     path = _SMALL if path is None and takes_small(arguments) else path
@@ -116,7 +131,7 @@ def _naming_file(path: Path | None) -> Iterator[None]:
 
 def train_command(arguments: Sequence[str]) -> int:
     """`monarchrt train`."""
-    config = _parse_train(arguments)
+    config = parse_train(arguments)
     plans, as_json = "--plan" in arguments, "--json" in arguments
     if as_json and not plans:
         raise UserError("json is for --plan, which was not given; leave it out, or add --plan")
