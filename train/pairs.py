@@ -1,8 +1,9 @@
 """`monarchrt pairs`: writes states along a teacher's ODE trajectories, and their ends, for ODE regression."""
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -252,13 +253,7 @@ def make_pairs(
     sizes = opened.sizes
     size, texts = _examples(config, opened)
     negative = _negative(config)
-    for name, text in (("text", texts[0]), ("negative", negative)):
-        if text is not None and text.shape[-1] != sizes.text_dim:
-            raise UserError(
-                f"{name} is of width {text.shape[-1]}, but the teacher {config.checkpoint} takes {sizes.text_dim}"
-            )
-    if sizes.in_channels != sizes.out_channels:
-        raise UserError(f"checkpoint {config.checkpoint} has {sizes.in_channels} input channels; give a t2v model")
+    _check_teacher(config, sizes, text=texts[0], negative=negative)
     count = config.count or len(texts)
     table = config.table()
     made = Made(
@@ -280,25 +275,42 @@ def make_pairs(
         check_size(model, (config.batch, *shape))
     config.out.mkdir(parents=True, exist_ok=True)
     graph, params = nnx.split(opened.network(given))
-    follow = follower(config, graph, shape, negative=negative)
+    follow = functools.partial(follower(config, graph, shape, negative=negative), params)
 
     with locked(config.out, name="out"):
         remove_abandoned(config.out)
         for start in range(0, len(todo), config.batch):
             numbers = todo[start : start + config.batch]
-            full = numbers + [numbers[-1]] * (config.batch - len(numbers))  # padded, for one compiled program
-            text = np.stack([texts[number % len(texts)] for number in full])
-            states, end = map(np.asarray, follow(params, np.asarray(full), text))
-            if not (np.isfinite(states).all() and np.isfinite(end).all()):
-                raise UserError(
-                    f"the teacher {config.checkpoint} produces states that are NaN or infinite; check its weights"
-                )
-            for place, number in enumerate(numbers):
-                arrays = {"states": states[:, place], "latents": end[place]}
-                arrays = {name: x.astype(config.store.replace("fp", "float")) for name, x in arrays.items()}
-                write_arrays(files[number], arrays | {"text": text[place]}, metadata=made.to_header())
+            chosen = [texts[number % len(texts)] for number in numbers]
+            for number, arrays in zip(numbers, _followed(config, follow, numbers, chosen), strict=True):
+                write_arrays(files[number], arrays, metadata=made.to_header())
             report(f"{start + len(numbers)}/{len(todo)} examples: {files[numbers[-1]]}")
     return files
+
+
+def _check_teacher(config: PairsConfig, sizes: Any, *, text: np.ndarray, negative: np.ndarray | None) -> None:
+    """Checks that the teacher takes the texts, and makes what it takes."""
+    for name, x in (("text", text), ("negative", negative)):
+        if x is not None and x.shape[-1] != sizes.text_dim:
+            raise UserError(
+                f"{name} is of width {x.shape[-1]}, but the teacher {config.checkpoint} takes {sizes.text_dim}"
+            )
+    if sizes.in_channels != sizes.out_channels:
+        raise UserError(f"checkpoint {config.checkpoint} has {sizes.in_channels} input channels; give a t2v model")
+
+
+def _followed(
+    config: PairsConfig, follow: Callable[..., Any], numbers: list[int], texts: list[np.ndarray]
+) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of the examples with these numbers and texts, at most a batch of them, as they are stored."""
+    more = config.batch - len(numbers)  # padded, for one compiled program
+    text = np.stack(texts + texts[-1:] * more)
+    states, end = map(np.asarray, follow(np.asarray(numbers + numbers[-1:] * more), text))
+    if not (np.isfinite(states).all() and np.isfinite(end).all()):
+        raise UserError(f"the teacher {config.checkpoint} produces states that are NaN or infinite; check its weights")
+    dtype = config.store.replace("fp", "float")
+    for n in range(len(numbers)):
+        yield {"states": states[:, n].astype(dtype), "latents": end[n].astype(dtype), "text": text[n]}
 
 
 def _model(sizes: Any) -> Any:
