@@ -98,16 +98,20 @@ def attention_fn(
         if dtype is not None:
             dtype = float_dtype("dtype", dtype)
             query, key, value = (x.astype(dtype) for x in (query, key, value))
-        batch = query.shape[:-3]
-        if key.shape[:-3] != batch or value.shape[:-3] != batch:
-            raise ValueError(f"query has shape {query.shape}, key {key.shape}, value {value.shape}: batch axes differ.")
-        if min(x.ndim for x in (query, key, value)) < 3:
-            raise ValueError(f"query has shape {query.shape}; it should be [..., tokens, heads, head_dim].")
-        q, k, v = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
-        out = run(q, k, v)
-        return out.reshape(*batch, *out.shape[1:])
+        return _over_batch_axes(run, query, key, value)
 
     return attend
+
+
+def _over_batch_axes(attend: Callable[..., jax.Array], query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Attention of arrays [..., tokens, heads, head_dim] by a function of arrays with one batch axis."""
+    batch = query.shape[:-3]
+    if key.shape[:-3] != batch or value.shape[:-3] != batch:
+        raise ValueError(f"query has shape {query.shape}, key {key.shape}, value {value.shape}: batch axes differ.")
+    if min(x.ndim for x in (query, key, value)) < 3:
+        raise ValueError(f"query has shape {query.shape}; it should be [..., tokens, heads, head_dim].")
+    out = attend(*(x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)))
+    return out.reshape(*batch, *out.shape[1:])
 
 
 class MonarchSelfAttention(nnx.Module):
