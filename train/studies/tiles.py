@@ -1,9 +1,11 @@
 """`monarchrt study tiles`: finds the best tile by error of outputs and of a video against time."""
 
+import dataclasses
 import functools
 import shlex
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +61,74 @@ class Choice(NamedTuple):
         return text + ("" if self.steps == 1 else f" T={self.steps}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layers:
+    """What layers of a checkpoint attend to, of all examples and noise levels.
+
+    Attributes:
+        query: [layers * examples * levels, N, n, d].
+        key: As `query`.
+        value: As `query`.
+        grid: (F, h, w) of the tokens.
+        causal_block: Frames per causal block, or None.
+    """
+
+    query: Float[Array, "B N n d"]
+    key: Float[Array, "B N n d"]
+    value: Float[Array, "B N n d"]
+    grid: tuple[int, int, int]
+    causal_block: int | None
+
+    def call(self, setting: Attention) -> Callable[..., Float[Array, "B N n d"]]:
+        """Attention of queries, keys and values, compiled."""
+        return jax.jit(lambda *tensors: setting(*tensors, grid=self.grid, causal_block=self.causal_block))
+
+    def attend(self, setting: Attention) -> Float[np.ndarray, "B N n d"]:
+        """The outputs, in float64."""
+        return np.asarray(self.call(setting)(self.query, self.key, self.value), np.float64)
+
+    def operations(self, setting: Attention) -> float:
+        """Floating-point operations of a layer, of one sample."""
+        return float(setting.flops(self.grid, heads=self.query.shape[2], head_dim=self.query.shape[3]))
+
+    def milliseconds(self, setting: Attention, *, repeats: int) -> float:
+        """Median time of a layer, of one sample."""
+        one, call = (self.query[:1], self.key[:1], self.value[:1]), self.call(setting)
+        call(*one).block_until_ready()
+        taken = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            call(*one).block_until_ready()
+            taken.append(1000 * (time.perf_counter() - begin))
+        return statistics.median(taken)
+
+
+def captured_layers(config: TilesConfig, subject: Subject) -> Layers:
+    """Runs a checkpoint with dense attention on the examples of a study, and keeps what its layers attend to.
+
+    Args:
+        config: Examples, noise levels, layers and heads.
+        subject: The checkpoint.
+
+    Returns:
+        What the chosen layers and heads attend to.
+
+    Raises:
+        UserError: If there is no such example, layer or head.
+    """
+    heads = choose("heads", config.heads, subject.model.config.num_heads) or None
+    calls = []
+    for index in check_example(subject, config.windows):
+        for level in config.levels:
+            dense = subject.model.with_attention(exact())
+            with capture(dense, layers=chosen_layers(subject, config.layers), heads=heads) as (model, captured):
+                probed_call(model)(model, *noisy_example(subject, index, level))
+            calls += captured
+    query, key, value = (jnp.concatenate([getattr(call, name) for call in calls]) for name in ("query", "key", "value"))
+    causal_block = subject.model.config.causal_block
+    return Layers(query=query, key=key, value=value, grid=subject.grid, causal_block=causal_block)
+
+
 def study_tiles(config: TilesConfig) -> dict[str, Any]:
     """Measures tiles and layouts on a checkpoint's own queries, keys and values, and writes plot and JSON.
 
@@ -80,33 +150,21 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
     partial = Partial(config.out / PART, to_dict(config), resume=config.resume, overwrite=config.overwrite)
     subject = open_subject(config.checkpoint, video=config.video, latents=config.latents)
     choices = candidates(config, subject)
-    heads = choose("heads", config.heads, subject.model.config.num_heads) or None
-    calls, measured = [], config.time == "measured" or (config.time == "auto" and jax.default_backend() == "gpu")
-    for index in check_example(subject, config.windows):
-        for level in config.levels:
-            dense = subject.model.with_attention(exact())
-            with capture(dense, layers=chosen_layers(subject, config.layers), heads=heads) as (model, captured):
-                probed_call(model)(model, *noisy_example(subject, index, level))
-            calls += captured
-    query, key, value = (jnp.concatenate([getattr(call, name) for call in calls]) for name in ("query", "key", "value"))
-    causal, grid = subject.model.config.causal_block, subject.grid
-    options = {"grid": grid, "causal_block": causal}
+    layers = captured_layers(config, subject)
+    measured = config.time == "measured" or (config.time == "auto" and jax.default_backend() == "gpu")
+    clock = functools.partial(layers.milliseconds, repeats=config.repeats) if measured else layers.operations
     points: list[dict[str, Any]] = []
     with progress("tiles", len(choices) + 1, quiet=config.quiet) as advance:
-        target = np.asarray(_attend(exact(), query, key, value, **options), np.float64)
-        of_dense = partial.of("exact", lambda: _time(exact(), query, key, value, config, measured, options))
+        target = layers.attend(exact())
+        of_dense = partial.of("exact", lambda: clock(exact()))
         advance()
         for choice in choices:
             setting = choice.setting
             advance(0, choice.label)
-            error, seconds = partial.of(
-                str(setting),
-                lambda setting=setting: (
-                    _error(np.asarray(_attend(setting, query, key, value, **options), np.float64), target),
-                    _time(setting, query, key, value, config, measured, options),
-                ),
+            error, taken = partial.of(
+                str(setting), lambda setting=setting: (_error(layers.attend(setting), target), clock(setting))
             )
-            density = setting.density(grid, causal_block=causal)
+            density = setting.density(layers.grid, causal_block=layers.causal_block)
             points.append(
                 {
                     "setting": str(setting),
@@ -114,7 +172,7 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
                     "density": density.visible,
                     "kept": density.kept,
                     "error": error,
-                    "time": seconds if measured else seconds / of_dense,
+                    "time": taken if measured else taken / of_dense,
                     "command": command(config, choice),
                 }
             )
@@ -126,9 +184,13 @@ def study_tiles(config: TilesConfig) -> dict[str, Any]:
         mark_video_front(points)
     unit = "milliseconds of a layer, measured" if measured else "arithmetic over dense attention's"
     result = {
-        "checkpoint": config.checkpoint, "grid": list(grid), "unit": unit, "exact": of_dense if measured else 1.0,
-        "examples": len(calls), "points": points,
-    }  # fmt: skip
+        "checkpoint": config.checkpoint,
+        "grid": list(layers.grid),
+        "unit": unit,
+        "exact": of_dense if measured else 1.0,
+        "examples": len(layers.query),
+        "points": points,
+    }
     write_json(config.out / FILES[0], result)
     pictures.draw_front(config.out / FILES[1], points, unit=unit)
     partial.done()
@@ -175,25 +237,6 @@ def _error(out: Float[np.ndarray, "B N n d"], target: Float[np.ndarray, "B N n d
     """Mean over calls of ||out - target|| / ||target||."""
     axes = (1, 2, 3)
     return float(np.sqrt(np.square(out - target).sum(axes) / np.square(target).sum(axes)).mean())
-
-
-def _attend(setting: Attention, query: Array, key: Array, value: Array, **options: Any) -> Float[Array, "B N n d"]:
-    return jax.jit(lambda *tensors: setting(*tensors, **options))(query, key, value)
-
-
-def _time(setting: Attention, query, key, value, config: TilesConfig, measured: bool, options: dict) -> float:
-    """Median milliseconds of one call for one sample, or its floating-point operations."""
-    if not measured:
-        return float(setting.flops(options["grid"], heads=query.shape[2], head_dim=query.shape[3]))
-    one = (query[:1], key[:1], value[:1])
-    call = jax.jit(lambda *tensors: setting(*tensors, **options))
-    call(*one).block_until_ready()
-    taken = []
-    for _ in range(config.repeats):
-        begin = time.perf_counter()
-        call(*one).block_until_ready()
-        taken.append(1000 * (time.perf_counter() - begin))
-    return statistics.median(taken)
 
 
 def mark_front(points: list[dict[str, Any]]) -> None:
