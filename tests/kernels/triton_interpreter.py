@@ -23,6 +23,7 @@ from monarchrt.triton_kernels import left, overlapped, plan, refine, refine_back
 from monarchrt.triton_kernels.config import KERNELS as NAMES
 from monarchrt.triton_kernels.config import Config, Stream, Target, heuristic
 from tests.kernels import sparse_cases, sparse_interpreter
+from tests.kernels.sparse_cases import error
 
 jax.config.update("jax_enable_x64", True)
 
@@ -152,11 +153,6 @@ def run_plan(todo, operands, scratch, results, start, kept=()):
             kernel[call.grid](**{name: arrays[call.arrays.get(name, name)] for name in names}, **call.constants)
         state = {name: arrays[name] for name in (*results, *kept)}
     return state
-
-
-def error(x, expected):
-    x, expected = np.asarray(x, np.float64), np.asarray(expected, np.float64)
-    return float(np.linalg.norm(x - expected) / np.linalg.norm(expected))
 
 
 def scratch_of(shape, todo, dtype, backward):

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,9 +77,8 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult | N
     """
     start = time.monotonic()
     console = Console(quiet=bool(quiet), highlight=False)
-    folder = config.folder
     claim_demo(config)
-    dense_config, (control_config, monarch_config) = dense_run(config), further_runs(config)
+    dense_config, (_, monarch_config) = dense_run(config), further_runs(config)
     students = distillations(config)
     source, setting, grid = _prepare(dense_config, monarch_config)
     write_settings(config)
@@ -102,6 +101,22 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult | N
     if config.distill:
         run_distillation(config, students, dense.model, source, trained, console, begun=start)
         return None
+    return _finetune(config, dense, setting, source, trained, console, begun=start, sparsity=sparsity)
+
+
+def _finetune(
+    config: DemoConfig,
+    dense: TrainResult,
+    setting: Attention,
+    source: ClipWindows,
+    trained: Callable[[TrainConfig], TrainResult],
+    console: Console,
+    *,
+    begun: float,
+    sparsity: float,
+) -> DemoResult:
+    """Swaps Monarch attention into the dense model, finetunes it, and writes the comparison with a control."""
+    folder, dense_config, (control_config, monarch_config) = config.folder, dense_run(config), further_runs(config)
     console.print(f"\n2. train it further, {config.finetune_steps} steps, to compare with")
     control = trained(control_config)
     console.print("\n3. swap Monarch attention into the dense model, train nothing")
@@ -118,7 +133,7 @@ def run_demo(config: DemoConfig, *, quiet: bool | None = None) -> DemoResult | N
         untrained=untrained,
         finetuned=monarch.held_out_loss,
         sparsity=sparsity,
-        seconds=round(time.monotonic() - start, 1),
+        seconds=round(time.monotonic() - begun, 1),
     )
     models = {"dense": control.model, "Monarch, untrained": swapped, "Monarch, finetuned": monarch.model}
     maps = models | {"dense": dense.model}  # with the same parameters as after the swap
