@@ -5,6 +5,7 @@ through R to keys and values (`right_backward`) and to queries (`query`). Every 
 place in one order: no atomics, the same bits in every run. Memory beyond inputs and outputs is bounded.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -67,9 +68,11 @@ def backward(
     stats = output_stats(out, lse, d_out, scale, config)
     first = jnp.int32(0) if grad_tiles is None else (seen.max() - grad_tiles) * rows
     wanted = jnp.stack([first, seen.max() * rows])
-    return sum_chunks(
-        call, d_out, lambda head, tile: _chunk(call, d_out, stats, wanted, config, kept, head, tile), dk_dtype=k.dtype
-    )
+
+    def gradients(head: Index, tile: Index) -> Gradients:
+        return _gradients(Chunk(call, head, tile, wanted), d_out, stats, config, kept)
+
+    return sum_chunks(call, d_out, gradients, dk_dtype=k.dtype)
 
 
 def output_stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, scale: float, config: BackwardConfig) -> jax.Array:
@@ -91,49 +94,99 @@ def output_stats(out: jax.Array, lse: jax.Array, d_out: jax.Array, scale: float,
     return jnp.stack([padded(lse * LOG2E, jnp.inf), padded(delta, 0.0)], axis=4)
 
 
-def _chunk(
-    call: Call,
-    d_out: jax.Array,
-    stats: jax.Array,
-    wanted: jax.Array,
-    config: BackwardConfig,
-    kept: Arrays | None,
-    head: Index,
-    tile: Index,
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What the backward kernels of a chunk are told, and the shapes in which they take arrays.
+
+    Attributes:
+        call: The call.
+        head: The chunk's first head.
+        tile: Its first query tile.
+        wanted: int32 [2], the first and the end of the pairs whose dk and dv are wanted.
+    """
+
+    call: Call
+    head: Index
+    tile: Index
+    wanted: jax.Array
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Options that all roles have."""
+        return dict(heads=self.call.heads, tiles=self.call.tiles, masked=self.call.masked)
+
+    @property
+    def mid(self) -> tuple[int, ...]:
+        """Shape of the chunk's alpha and Y."""
+        batch, _, _, cols, _, dim = self.call.q.shape
+        return (batch * self.call.heads, self.call.tiles, self.call.pairs, cols, dim // SLAB, SLAB)
+
+    @property
+    def flat(self) -> tuple[int, ...]:
+        """The same with one axis of heads and query tiles, of the chunk or of all."""
+        return (-1, *self.mid[2:])
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Shape of queries, by rows of a tile and then columns of all heads."""
+        batch, _, rows, cols, heads, dim = self.call.q.shape
+        return (batch, -1, rows, cols * heads, dim // SLAB, SLAB)
+
+    def arrays(self) -> Arrays:
+        """q [B, A, b1, b2, H, D/64, 64], k and v [B, C*b1, b2, H, D/64, 64]."""
+        batch, pairs = self.call.q.shape[0], self.call.pairs
+        q, k, v = (x.reshape(batch, -1, *x.shape[2:5], *self.mid[4:]) for x in (self.call.q, self.call.k, self.call.v))
+        return q, *(x.reshape(batch, pairs, *x.shape[3:]) for x in (k, v))
+
+    def key_start(self) -> jax.Array:
+        """int32 [5], `start` of the roles for R."""
+        return jnp.stack([jnp.int32(self.head), jnp.int32(self.tile), self.call.limits.max(), *self.wanted])
+
+    def finish(
+        self, q: jax.Array, k: jax.Array, dz: jax.Array, dq: jax.Array, start: jax.Array, config: BackwardConfig
+    ) -> jax.Array:
+        """All of dq [B, tiles, b1, b2, heads, D], from s dZ of the first step and what came through L."""
+        call = self.call
+        batch, _, rows, cols, _, dim = call.q.shape
+        role = query_role(like(q), like(k), left_width=config.left.width(rows), config=config.query, **self.sizes)
+        (dq,) = launch(role, (k, dz, dq.reshape(*dq.shape[:-1], *self.mid[4:]), call.limits, start))
+        return dq.reshape(batch, call.tiles, rows, cols, call.heads, dim)
+
+    def of_keys(self, x: jax.Array) -> jax.Array:
+        """dk or dv as [B, C, b1, b2, heads, D]."""
+        batch, _, rows, cols, _, dim = self.call.q.shape
+        return x.reshape(batch, -1, rows, cols, self.call.heads, dim)
+
+
+def _gradients(
+    chunk: Chunk, d_out: jax.Array, stats: jax.Array, config: BackwardConfig, kept: Arrays | None
 ) -> Gradients:
     """dq [B, tiles, b1, b2, heads, D] of a chunk and its share of dk and dv [B, C, b1, b2, heads, D]."""
-    batch, _, rows, cols, heads, dim = call.q.shape
-    slabs, pairs = dim // SLAB, call.pairs
-    sizes: dict[str, Any] = dict(heads=call.heads, tiles=call.tiles, masked=call.masked)
-    alpha, y, c = kept or launch(*call.right(head, tile))
-    mid = (batch * call.heads, call.tiles, pairs, cols, slabs, SLAB)
-    flat = (-1, *mid[2:])
-    columns = (batch, -1, rows, cols * heads, slabs, SLAB)
+    call = chunk.call
+    alpha, y, c = kept or launch(*call.right(chunk.head, chunk.tile))
     inputs = (
-        call.q.reshape(columns),
-        d_out.reshape(columns),
-        alpha.reshape(flat),
-        y.reshape(flat),
+        call.q.reshape(chunk.columns),
+        d_out.reshape(chunk.columns),
+        alpha.reshape(chunk.flat),
+        y.reshape(chunk.flat),
         c,
         stats,
         call.limits,
-        call.start(head, tile),
+        call.start(chunk.head, chunk.tile),
     )
+    whole = kept is not None
     role = left_backward_role(
-        like(call.q), pairs, scale=call.scale, config=config.left, whole=kept is not None, **sizes
+        like(call.q), call.pairs, scale=call.scale, config=config.left, whole=whole, **chunk.sizes
     )
     d_alpha, d_y, d_c, dq = launch(role, inputs)
 
-    q, k, v = (x.reshape(batch, -1, *x.shape[2:5], slabs, SLAB) for x in (call.q, call.k, call.v))
-    k, v = (x.reshape(batch, pairs, *x.shape[3:]) for x in (k, v))
-    start = jnp.stack([jnp.int32(head), jnp.int32(tile), call.limits.max(), *wanted])
-    role = right_backward_role(like(q), like(k), scale=call.scale, config=config.keys, **sizes)
-    dk, dv, dz = launch(role, (q, k, v, d_alpha.reshape(mid), d_y.reshape(mid), d_c, call.limits, start))
-    dk, dv = (x.reshape(batch, -1, rows, cols, call.heads, dim) for x in (dk, dv))
-    role = query_role(like(q), like(k), left_width=config.left.width(rows), config=config.query, **sizes)
-    dq = dq.reshape(*dq.shape[:-1], slabs, SLAB)
-    (dq,) = launch(role, (k, dz, dq, call.limits, start))
-    return dq.reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
+    q, k, v = chunk.arrays()
+    start = chunk.key_start()
+    role = right_backward_role(like(q), like(k), scale=call.scale, config=config.keys, **chunk.sizes)
+    through = (d_alpha.reshape(chunk.mid), d_y.reshape(chunk.mid), d_c)
+    dk, dv, dz = launch(role, (q, k, v, *through, call.limits, start))
+    dk, dv = chunk.of_keys(dk), chunk.of_keys(dv)
+    return chunk.finish(q, k, dz, dq, start, config), dk, dv
 
 
 def sum_chunks(

@@ -12,12 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from monarchrt.pallas_kernels.sm90.backward import Gradients, output_stats, sum_chunks
+from monarchrt.pallas_kernels.sm90.backward import Chunk, Gradients, output_stats, sum_chunks
 from monarchrt.pallas_kernels.sm90.config import SLAB, BackwardConfig, ForwardConfig, LeftConfig, column_blocks
 from monarchrt.pallas_kernels.sm90.forward import Arrays, Call, Pair, chunk_sizes, fill_chunks, like, tiles_seen
 from monarchrt.pallas_kernels.sm90.left_backward import left_backward_role
 from monarchrt.pallas_kernels.sm90.left_refine_backward import left_refine_backward_role
-from monarchrt.pallas_kernels.sm90.query import query_role
 from monarchrt.pallas_kernels.sm90.right_backward_independent import independent_role
 from monarchrt.pallas_kernels.sm90.roles import launch
 from monarchrt.pallas_kernels.sm90.types import Index
@@ -175,48 +174,38 @@ def backward(
     first = jnp.int32(0) if grad_tiles is None else (seen.max() - grad_tiles) * q.shape[2]
     wanted = jnp.stack([first, seen.max() * q.shape[2]])
 
-    return sum_chunks(
-        work.call,
-        d_out,
-        lambda head, tile: _chunk(work, d_out, stats, wanted, config, head, tile),
-        dk_dtype=jnp.float32,
-    )
+    def gradients(head: Index, tile: Index) -> Gradients:
+        return _gradients(work, Chunk(work.call, head, tile, wanted), d_out, stats, config)
+
+    return sum_chunks(work.call, d_out, gradients, dk_dtype=jnp.float32)
 
 
-def _chunk(
-    work: _Work,
-    d_out: jax.Array,
-    stats: jax.Array,
-    wanted: jax.Array,
-    config: BackwardConfig,
-    head: Index,
-    tile: Index,
-) -> Gradients:
+def _gradients(work: _Work, chunk: Chunk, d_out: jax.Array, stats: jax.Array, config: BackwardConfig) -> Gradients:
     """dq and dv of a chunk in the inputs' dtype, dk in float32: [B, tiles or C, b1, b2, heads, D]."""
-    call = work.call
-    batch, _, rows, cols, heads, dim = call.q.shape
-    slabs, pairs = dim // SLAB, call.pairs
-    sizes: dict[str, Any] = dict(heads=call.heads, tiles=call.tiles, masked=call.masked)
-    mid = (batch * call.heads, call.tiles, pairs, cols, slabs, SLAB)
-    flat, columns = (-1, *mid[2:]), (batch, -1, rows, cols * heads, slabs, SLAB)
-    q, k, v = (x.reshape(batch, -1, *x.shape[2:5], slabs, SLAB) for x in (call.q, call.k, call.v))
-    k, v = (x.reshape(batch, pairs, *x.shape[3:]) for x in (k, v))
-    start = call.start(head, tile)
-    key_start = jnp.stack([jnp.int32(head), jnp.int32(tile), call.limits.max(), *wanted])
-    kernels = work.pairs(head, tile)
-    before, (alpha, y, c) = work.steps(head, tile, config.left.width(rows))
+    call, sizes = work.call, chunk.sizes
+    q, k, v = chunk.arrays()
+    start, key_start = call.start(chunk.head, chunk.tile), chunk.key_start()
+    kernels = work.pairs(chunk.head, chunk.tile)
+    before, (alpha, y, c) = work.steps(chunk.head, chunk.tile, config.left.width(call.q.shape[2]))
 
     def through_right(n: int, gradients: Arrays, *, values: bool) -> Arrays:
         """dk, dv and s dZ of step n; gradients of alpha, Y and c_L, without `values` of alpha and c_L."""
-        own = before[n - 1].queries.reshape(mid) if n else q
+        own = before[n - 1].queries.reshape(chunk.mid) if n else q
         d_alpha, *_, d_c = gradients
         d_y = gradients[1] if values else d_alpha  # not read
         options: dict[str, Any] = dict(scale=call.scale, config=config.keys, values=values, further=n > 0, **sizes)
-        arrays = (own, k, v, d_alpha.reshape(mid), d_y.reshape(mid), d_c, call.limits, key_start)
+        arrays = (own, k, v, d_alpha.reshape(chunk.mid), d_y.reshape(chunk.mid), d_c, call.limits, key_start)
         return launch(independent_role(like(q), like(k), **options), arrays)
 
-    inputs = (call.q.reshape(columns), d_out.reshape(columns), alpha.reshape(flat), y.reshape(flat), c, stats)
-    role = left_backward_role(like(call.q), pairs, scale=call.scale, config=config.left, **sizes)
+    inputs = (
+        call.q.reshape(chunk.columns),
+        d_out.reshape(chunk.columns),
+        alpha.reshape(chunk.flat),
+        y.reshape(chunk.flat),
+        c,
+        stats,
+    )
+    role = left_backward_role(like(call.q), call.pairs, scale=call.scale, config=config.left, **sizes)
     *gradients, dq = launch(role, (*inputs, call.limits, start))
     dk, dv, dz = through_right(len(before), tuple(gradients), values=True)
     dk = dk.astype(jnp.float32)
@@ -224,13 +213,11 @@ def _chunk(
         du, products = kernels.query(step.queries, dz, step.factors)
         numbers = (step.c, step.factors, products)
         left_stats = kernels.delta(step.alpha, du, *numbers, step.stats)
-        role = left_refine_backward_role(like(call.q), pairs, scale=call.scale, config=config.left, **sizes)
-        vectors = (call.q.reshape(columns), step.alpha.reshape(flat), du.reshape(flat))
+        role = left_refine_backward_role(like(call.q), call.pairs, scale=call.scale, config=config.left, **sizes)
+        vectors = (call.q.reshape(chunk.columns), step.alpha.reshape(chunk.flat), du.reshape(chunk.flat))
         *gradients, part = launch(role, (*vectors, *numbers, left_stats, call.limits, start))
         more, _, dz = through_right(n, tuple(gradients), values=False)
         dk = dk + more.astype(jnp.float32)
         dq = (dq.astype(jnp.float32) + part.astype(jnp.float32)).astype(dq.dtype)
-    role = query_role(like(q), like(k), left_width=config.left.width(rows), config=config.query, **sizes)
-    (dq,) = launch(role, (k, dz, dq.reshape(*dq.shape[:-1], slabs, SLAB), call.limits, key_start))
-    dk, dv = (x.reshape(batch, -1, rows, cols, call.heads, dim) for x in (dk, dv))
-    return dq.reshape(batch, call.tiles, rows, cols, call.heads, dim), dk, dv
+    dq = chunk.finish(q, k, dz, dq, key_start, config)
+    return dq, chunk.of_keys(dk), chunk.of_keys(dv)
