@@ -362,6 +362,9 @@ class TestBadInput:
     def test_folders(self, folder, tmp_path):
         with pytest.raises(ValueError, match=r"path='.*nothing' does not exist; give a checkpoint's file or folder"):
             load_checkpoint(tmp_path / "nothing")
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(ValueError, match=r"path='.*pipe' is a pipe or a device; save it as a file first"):
+            load_checkpoint(tmp_path / "pipe")
         (tmp_path / "empty").mkdir()
         with pytest.raises(ValueError, match=r"should hold one safetensors file.*found nothing of the kind"):
             load_checkpoint(tmp_path / "empty")

@@ -96,10 +96,13 @@ def _local(path: str | Path, revision: str | None) -> Path:
     """The path, or the local copy of a Hugging Face repository of that name."""
     local = Path(path).expanduser()
     try:
-        if local.exists():
-            return local
+        there = local.exists()
     except (OSError, ValueError) as error:  # a name that is too long or has a null byte
         raise ValueError(f"path={str(path)[:200]!r} is not a path: {error}.") from error
+    if there and not (local.is_file() or local.is_dir()):
+        raise ValueError(f"path={str(path)!r} is a pipe or a device; save it as a file first.")
+    if there:
+        return local
     if not names_repository(path):
         raise ValueError(
             f"path={str(path)!r} does not exist; give a checkpoint's file or folder, a run folder, or a repository of "
