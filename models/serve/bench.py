@@ -141,7 +141,7 @@ def take_samples(
         blocks: As in `measure`.
         prompt: As in `measure`.
         pace: Frames per second at which a further video is generated, stage by stage, each block when its first frame
-            is due: as sessions generate by default. Between blocks the device is idle, so it may run at a higher clock.
+            is due: as sessions generate by default.
     """
     said = engine.sample if prompt is None else prompt
     begin = time.perf_counter()
