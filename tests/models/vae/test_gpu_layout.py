@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from tests.kernels.test_mosaic_compile import H200, _missing
+from tests.kernels.test_mosaic_compile import H200, missing_wheels
 
-pytestmark = pytest.mark.skipif(bool(_missing()), reason=f"needs {', '.join(_missing())}")
+pytestmark = pytest.mark.skipif(bool(missing_wheels()), reason=f"needs {', '.join(missing_wheels())}")
 
 PROGRAM = """
 import sys

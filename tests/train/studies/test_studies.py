@@ -222,15 +222,15 @@ class TestCommands:
         options = ["--checkpoint", str(baseline), "--levels", "0.5", "--tiles", "3,2,4", "1,2,4", "--videos", "1"]
         options += ["--sample-steps", "2", "--quiet", "--out"]
         assert main(["study", "tiles", *options, str(tmp_path / "whole")]) == 0
-        attend, tried = tiles._attend, []
+        attend, tried = tiles.Layers.attend, []
 
-        def stop(setting, *rest, **more):
+        def stop(layers, setting):
             tried.append(str(setting))
             if len(tried) == 3:
                 raise KeyboardInterrupt
-            return attend(setting, *rest, **more)
+            return attend(layers, setting)
 
-        monkeypatch.setattr(tiles, "_attend", stop)
+        monkeypatch.setattr(tiles.Layers, "attend", stop)
         command = ["study", "tiles", *options, str(tmp_path / "out")]
         assert main(command) == 130
         assert main(command) == 2
