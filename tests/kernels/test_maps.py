@@ -82,7 +82,7 @@ def test_triton_of_two_steps():
 def test_mosaic_of_two_steps(monkeypatch):
     """What the README says of them in words."""
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-    from monarchrt.pallas_kernels.sm90 import refined
+    from monarchrt.pallas_kernels.sm90 import backward, refined
     from tests.kernels.written_pairs import Written
 
     ran = []
@@ -96,7 +96,8 @@ def test_mosaic_of_two_steps(monkeypatch):
             ran.extend([f"{name}_pairs"] * (name in ("refine", "query", "delta")))
             return super().__getattribute__(name)
 
-    monkeypatch.setattr(refined, "launch", launch)
+    for module in (backward, refined):
+        monkeypatch.setattr(module, "launch", launch)
     tiles = jax.ShapeDtypeStruct((1, 2, 90, 52, 2, 128), jnp.bfloat16)
     visible, lse = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct(tiles.shape[:-1], jnp.float32)
     text = " ".join((ROOT / "pallas_kernels" / "README.md").read_text().split())
