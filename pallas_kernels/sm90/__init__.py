@@ -6,7 +6,7 @@ forward.py          which kernels the forward pass runs, for one chunk of heads 
 backward.py         the same of the backward pass
 right.py            stage 1
 left.py             stage 2; a few rows more than a multiple of 64: left_tail.py
-fused.py            both stages in one; cluster.py: what Pallas lacks for it
+fused.py            both stages in one; what Pallas lacks for it: cluster.py, cluster_store.py, in words of ptx.py
 left_backward*.py   back through L; what both kernels share: left_backward_items.py
 right_backward*.py  back through R; what both kernels share: right_backward_items.py
 query.py            the queries' gradient

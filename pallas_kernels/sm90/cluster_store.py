@@ -9,32 +9,17 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Float32
 
-from monarchrt.pallas_kernels.sm90.cluster import (
-    INT,
-    LAYOUT,
-    REF,
-    _add,
-    _below,
-    _constant,
-    _flag,
-    _i32,
-    _inline,
-    _part,
-    _ptx,
-    _registers,
-    _scalar,
-    _thread,
-    _times,
-)
+from monarchrt.pallas_kernels.sm90 import ptx
+from monarchrt.pallas_kernels.sm90.cluster import LAYOUT
 from monarchrt.pallas_kernels.sm90.config import ROWS
 from monarchrt.pallas_kernels.sm90.types import Index, Ref
 
 
 def _place(together: int, half: int) -> tuple[ir.Value, ir.Value]:
     """Which of a warpgroup's columns, and which of its rows, one of the two rows of this thread is of."""
-    row = _add(_times(_part(_thread(), 5, 2), 16), _part(_thread(), 2, 3), _constant(8 * half))
+    row = ptx.add(ptx.times(ptx.part(ptx.thread(), 5, 2), 16), ptx.part(ptx.thread(), 2, 3), ptx.constant(8 * half))
     bits = (ROWS // together).bit_length() - 1
-    return arith.shrui(row, _constant(bits)), _part(row, 0, bits)
+    return arith.shrui(row, ptx.constant(bits)), ptx.part(row, 0, bits)
 
 
 def _global(array: ir.Value, units: ir.Value, size: int) -> ir.Value:
@@ -47,9 +32,9 @@ def _global(array: ir.Value, units: ir.Value, size: int) -> ir.Value:
 def _words(values: fa.FragmentedArray, numbers: Sequence[int]) -> list[ir.Value]:
     """Some of an array's registers, two elements each, as int32."""
     if utils.bytewidth(values.mlir_dtype) == 2:
-        return _registers(values, numbers)
+        return ptx.registers(values, numbers)
     pairs = (values.registers.flat[n] for n in numbers)
-    return [utils.bitcast(vector.extract(pair, [], [m]), _i32()) for pair in pairs for m in range(2)]
+    return [utils.bitcast(vector.extract(pair, [], [m]), ptx.i32()) for pair in pairs for m in range(2)]
 
 
 _KEEP = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global"
@@ -77,20 +62,20 @@ def output(
         together: Columns.
     """
 
-    @_inline(REF, INT, INT, LAYOUT)
+    @ptx.inline(ptx.REF, ptx.INT, ptx.INT, LAYOUT)
     def run(out, place, count, values):
         for half in range(2):
             column, row = _place(together, half)
-            number = _add(_scalar(place), _times(row, steps[0]), _times(column, steps[1]))
-            there = arith.cmpi(arith.CmpIPredicate.slt, column, _scalar(count))
-            there = _flag(arith.andi(there, _below(row, rows)))
+            number = ptx.add(ptx.scalar(place), ptx.times(row, steps[0]), ptx.times(column, steps[1]))
+            there = arith.cmpi(arith.CmpIPredicate.slt, column, ptx.scalar(count))
+            there = ptx.flag(arith.andi(there, ptx.below(row, rows)))
             size = 8 * utils.bytewidth(values.mlir_dtype)  # of what a thread has together
-            base = _global(out, _add(_times(number, 16), _part(_thread(), 0, 2)), size)
+            base = _global(out, ptx.add(ptx.times(number, 16), ptx.part(ptx.thread(), 0, 2)), size)
             for g in range(4):
                 words = _words(values, [2 * (4 * g + m) + half for m in range(4)])
                 for n in range(0, len(words), 4):
                     text = _KEEP + f".v4.b32 [$0+{4 * size * g + 4 * n}], {{$2, $3, $4, $5}}; }}"
-                    _ptx(text, base, there, *words[n : n + 4], constraints="l,r,r,r,r,r,~{memory}")
+                    ptx.asm(text, base, there, *words[n : n + 4], constraints="l,r,r,r,r,r,~{memory}")
 
     run(out, jnp.int32(place), jnp.int32(count), values)
 
@@ -98,15 +83,15 @@ def output(
 def numbers(array: Ref, place: Index, count: Index, values: Float32[Array, "64"], *, together: int) -> None:
     """Writes a number for each row of the columns, one after another, from number `place` of an array on."""
 
-    @_inline(REF, INT, INT, LAYOUT.reduce(1))
+    @ptx.inline(ptx.REF, ptx.INT, ptx.INT, LAYOUT.reduce(1))
     def run(array, place, count, values):
-        lane = _part(_thread(), 0, 2)
+        lane = ptx.part(ptx.thread(), 0, 2)
         for half in range(2):
             column, row = _place(together, half)
-            there = arith.cmpi(arith.CmpIPredicate.slt, column, _scalar(count))
-            there = _flag(arith.andi(there, _below(lane, 1)))
-            at = _global(array, _add(_scalar(place), _times(column, ROWS // together), row), 4)
-            x = utils.bitcast(values.registers.flat[half], _i32())
-            _ptx(_KEEP + ".b32 [$0], $2; }", at, there, x, constraints="l,r,r,~{memory}")
+            there = arith.cmpi(arith.CmpIPredicate.slt, column, ptx.scalar(count))
+            there = ptx.flag(arith.andi(there, ptx.below(lane, 1)))
+            at = _global(array, ptx.add(ptx.scalar(place), ptx.times(column, ROWS // together), row), 4)
+            x = utils.bitcast(values.registers.flat[half], ptx.i32())
+            ptx.asm(_KEEP + ".b32 [$0], $2; }", at, there, x, constraints="l,r,r,~{memory}")
 
     run(array, jnp.int32(place), jnp.int32(count), values)

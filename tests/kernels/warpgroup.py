@@ -16,7 +16,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from monarchrt.pallas_kernels.sm90 import cluster
+from monarchrt.pallas_kernels.sm90 import ptx as words
 from tests.untyped import there
 
 THREAD = np.arange(128)
@@ -188,11 +188,11 @@ def run(monkeypatch, module, step, *args, memory=None, **options):
         "arith": _arith,
         "vector": _vector,
         "scf": types.SimpleNamespace(IfOp=_If, yield_=lambda values: block[-1].extend(values)),
-        "_ptx": ptx,
-        "_inline": lambda *_, **__: lambda function: function,
+        "asm": ptx,
+        "inline": lambda *_, **__: lambda function: function,
         "_global": lambda array, units, size: Value(array + units.x * size, None),
-        "_address": lambda reference: Value(np.full(128, reference), None),
-        "_unpack": lambda loaded, count, kind=None: [Value(x, kind) for x in loaded[:count]],
+        "address": lambda reference: Value(np.full(128, reference), None),
+        "unpack": lambda loaded, count, kind=None: [Value(x, kind) for x in loaded[:count]],
         "utils": types.SimpleNamespace(
             bitcast=lambda x, _: x, dtype_to_ir_type=utils.dtype_to_ir_type, bytewidth=utils.bytewidth
         ),
@@ -200,13 +200,13 @@ def run(monkeypatch, module, step, *args, memory=None, **options):
         "jnp": types.SimpleNamespace(
             int32=lambda x: number(x) if isinstance(x, int) else x, float32=jnp.float32, dtype=jnp.dtype
         ),
-        "_array": lambda found, like, shape=None: types.SimpleNamespace(
+        "array": lambda found, like, shape=None: types.SimpleNamespace(
             registers=np.array(list(found), object).reshape(shape or like.registers.shape)
         ),
     }
     with monkeypatch.context() as patch:
         for name, value in replaced.items():
-            for where in {cluster, module}:
+            for where in (words, module):
                 if hasattr(where, name):
                     patch.setattr(where, name, value)
         jaxtyping.config.update("jaxtyping_disable", True)  # what it is given are no arrays of JAX

@@ -52,12 +52,18 @@ PASSES = (
     # the kernel whose clusters exchange alpha and Y
     Fault("pallas_kernels/sm90/cluster.py", "-(-256 // form.columns)", "256 // form.columns", CLUSTER, "sent"),
     Fault(
-        "pallas_kernels/sm90/cluster.py", "_times(_part(column, 0, bits), form", "_times(column, form", CLUSTER, "sent"
+        "pallas_kernels/sm90/cluster.py",
+        "ptx.times(ptx.part(column, 0, bits), form",
+        "ptx.times(column, form",
+        CLUSTER,
+        "sent",
     ),
-    Fault("pallas_kernels/sm90/cluster.py", "_times(column, 4 * depth)", "_times(column, 4)", CLUSTER, "logits"),
+    Fault("pallas_kernels/sm90/cluster.py", "ptx.times(column, 4 * depth)", "ptx.times(column, 4)", CLUSTER, "logits"),
     Fault("pallas_kernels/sm90/fused.py", "(part + 1) * whole", "part * whole + 1", CLUSTER, "spread"),
     Fault("pallas_kernels/sm90/fused_sizes.py", "(at, 0, 0, head, 0)", "(tile, 0, 0, head, 0)", CLUSTER, "together"),
-    Fault("pallas_kernels/sm90/cluster_store.py", "_below(row, rows)", "_below(row, rows + 1)", CLUSTER, "stored"),
+    Fault(
+        "pallas_kernels/sm90/cluster_store.py", "ptx.below(row, rows)", "ptx.below(row, rows + 1)", CLUSTER, "stored"
+    ),
     Fault("pallas_kernels/sm90/fused.py", "| (j >= low + count) | other", "| other", CLUSTER, "key_row"),
     Fault(
         "pallas_kernels/sm90/fused.py", "c * rows + k, k, n < limit", "c * rows + k, c, n < limit", CLUSTER, "key_row"
