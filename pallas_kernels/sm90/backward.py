@@ -6,14 +6,21 @@ place in one order: no atomics, the same bits in every run. Memory beyond inputs
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, BackwardConfig, ForwardConfig, LeftConfig
+from monarchrt.pallas_kernels.sm90.config import (
+    ROWS,
+    SLAB,
+    BackwardConfig,
+    ForwardConfig,
+    LeftBackwardConfig,
+    LeftConfig,
+)
 from monarchrt.pallas_kernels.sm90.forward import Arrays, Call, chunk_sizes, like, tiles_seen
 from monarchrt.pallas_kernels.sm90.left_backward import left_backward_role
 from monarchrt.pallas_kernels.sm90.query import query_role
@@ -142,6 +149,30 @@ class Chunk:
         """int32 [5], `start` of the roles for R."""
         return jnp.stack([jnp.int32(self.head), jnp.int32(self.tile), self.call.limits.max(), *self.wanted])
 
+    def through_left(
+        self,
+        made: Sequence[jax.Array],
+        d_out: jax.Array,
+        stats: jax.Array,
+        config: LeftBackwardConfig,
+        *,
+        whole: bool = False,
+    ) -> tuple[jax.Array, ...]:
+        """Gradients of alpha, Y and c_L, which are the chunk's or the `whole` call's, and the part of dq through L."""
+        call, (alpha, y, c) = self.call, made
+        inputs = (
+            call.q.reshape(self.columns),
+            d_out.reshape(self.columns),
+            alpha.reshape(self.flat),
+            y.reshape(self.flat),
+            c,
+            stats,
+            call.limits,
+            call.start(self.head, self.tile),
+        )
+        role = left_backward_role(like(call.q), call.pairs, scale=call.scale, config=config, whole=whole, **self.sizes)
+        return launch(role, inputs)
+
     def finish(
         self, q: jax.Array, k: jax.Array, dz: jax.Array, dq: jax.Array, start: jax.Array, config: BackwardConfig
     ) -> jax.Array:
@@ -163,22 +194,8 @@ def _gradients(
 ) -> Gradients:
     """dq [B, tiles, b1, b2, heads, D] of a chunk and its share of dk and dv [B, C, b1, b2, heads, D]."""
     call = chunk.call
-    alpha, y, c = kept or launch(*call.right(chunk.head, chunk.tile))
-    inputs = (
-        call.q.reshape(chunk.columns),
-        d_out.reshape(chunk.columns),
-        alpha.reshape(chunk.flat),
-        y.reshape(chunk.flat),
-        c,
-        stats,
-        call.limits,
-        call.start(chunk.head, chunk.tile),
-    )
-    whole = kept is not None
-    role = left_backward_role(
-        like(call.q), call.pairs, scale=call.scale, config=config.left, whole=whole, **chunk.sizes
-    )
-    d_alpha, d_y, d_c, dq = launch(role, inputs)
+    made = kept or launch(*call.right(chunk.head, chunk.tile))
+    d_alpha, d_y, d_c, dq = chunk.through_left(made, d_out, stats, config.left, whole=kept is not None)
 
     q, k, v = chunk.arrays()
     start = chunk.key_start()

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from monarchrt.pallas_kernels.sm90.backward import Chunk, Gradients, output_stats, sum_chunks
 from monarchrt.pallas_kernels.sm90.config import SLAB, BackwardConfig, ForwardConfig, LeftConfig, column_blocks
 from monarchrt.pallas_kernels.sm90.forward import Arrays, Call, Pair, chunk_sizes, fill_chunks, like, tiles_seen
-from monarchrt.pallas_kernels.sm90.left_backward import left_backward_role
 from monarchrt.pallas_kernels.sm90.left_refine_backward import left_refine_backward_role
 from monarchrt.pallas_kernels.sm90.right_backward_independent import independent_role
 from monarchrt.pallas_kernels.sm90.roles import launch
@@ -186,7 +185,7 @@ def _gradients(work: _Work, chunk: Chunk, d_out: jax.Array, stats: jax.Array, co
     q, k, v = chunk.arrays()
     start, key_start = call.start(chunk.head, chunk.tile), chunk.key_start()
     kernels = work.pairs(chunk.head, chunk.tile)
-    before, (alpha, y, c) = work.steps(chunk.head, chunk.tile, config.left.width(call.q.shape[2]))
+    before, made = work.steps(chunk.head, chunk.tile, config.left.width(call.q.shape[2]))
 
     def through_right(n: int, gradients: Arrays, *, values: bool) -> Arrays:
         """dk, dv and s dZ of step n; gradients of alpha, Y and c_L, without `values` of alpha and c_L."""
@@ -197,16 +196,7 @@ def _gradients(work: _Work, chunk: Chunk, d_out: jax.Array, stats: jax.Array, co
         arrays = (own, k, v, d_alpha.reshape(chunk.mid), d_y.reshape(chunk.mid), d_c, call.limits, key_start)
         return launch(independent_role(like(q), like(k), **options), arrays)
 
-    inputs = (
-        call.q.reshape(chunk.columns),
-        d_out.reshape(chunk.columns),
-        alpha.reshape(chunk.flat),
-        y.reshape(chunk.flat),
-        c,
-        stats,
-    )
-    role = left_backward_role(like(call.q), call.pairs, scale=call.scale, config=config.left, **sizes)
-    *gradients, dq = launch(role, (*inputs, call.limits, start))
+    *gradients, dq = chunk.through_left(made, d_out, stats, config.left)
     dk, dv, dz = through_right(len(before), tuple(gradients), values=True)
     dk = dk.astype(jnp.float32)
     for n, step in reversed(list(enumerate(before))):
