@@ -53,81 +53,94 @@ def through_stacks(body: Callable[[Any, Any], tuple[Any, None]], x: jax.Array, s
         The carry after the last layer.
     """
     leaves, tree = jax.tree.flatten(stacked)
-    trained: list[bool] = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-    length = leaves[0].shape[0]
+    layers = _Leaves(tree, tuple(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves))
 
-    def split(layer: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        pairs = list(zip(layer, trained, strict=True))
+    def one(x: Any, learned: Sequence[Any], fixed: Sequence[Any]) -> Any:
+        with in_stacks():
+            return body(x, layers.join(learned, fixed))[0]
+
+    first = layers.split([leaf[0] for leaf in leaves])
+    run, constants, numbers = _closed_over(one, x, *first)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (x, *first, constants, numbers))
+    return _Loop(run, shapes, length=leaves[0].shape[0])(x, *layers.split(leaves), constants, numbers)
+
+
+class _Leaves(NamedTuple):
+    """The arrays of a layer: which of them have gradients."""
+
+    tree: Any  # tree structure of a layer
+    trained: tuple[bool, ...]
+
+    def split(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Those with gradients, and the others."""
+        pairs = list(zip(leaves, self.trained, strict=True))
         return [leaf for leaf, own in pairs if own], [leaf for leaf, own in pairs if not own]
 
-    def layer_of(learned: Sequence[Any], fixed: Sequence[Any]) -> Any:
+    def join(self, learned: Sequence[Any], fixed: Sequence[Any]) -> Any:
+        """The layer that consists of them."""
         sources = {True: iter(learned), False: iter(fixed)}
-        return jax.tree.unflatten(tree, [next(sources[own]) for own in trained])
+        return jax.tree.unflatten(self.tree, [next(sources[own]) for own in self.trained])
 
-    def one(x, learned, fixed):
-        with in_stacks():
-            return body(x, layer_of(learned, fixed))[0]
 
-    learned, fixed = split(leaves)
-    run, constants, numbers = _closed_over(one, x, *split([leaf[0] for leaf in leaves]))
+class _Loop:
+    """A loop over layers with a gradient of its own, which finds the residuals in stacks.
 
-    @functools.cache
-    def program() -> Program:
-        def residuals(x, learned, fixed, constants, numbers):
-            def own(x, learned, constants):
-                return run(x, learned, fixed, constants, numbers)
+    Its arguments are the carry; the layers' arrays with gradients and without, each with a leading axis of layers; and
+    the values that the layers have in common, with gradients (constants) and without (numbers).
+    """
 
-            out, back = jax.vjp(own, x, learned, constants)
-            values, structures[:] = jax.tree.flatten(back)[0], [jax.tree.structure(back)]
-            return out, values
+    def __init__(self, layer: Callable[..., Any], shapes: tuple[Any, ...], *, length: int):
+        """`layer` computes one layer from such arguments, whose `shapes` are without the axis of layers."""
+        self._layer, self._shapes, self._length = layer, shapes, length
 
-        structures: list[Any] = []
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (x, constants, numbers))
-        layer = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves]
-        closed = jax.make_jaxpr(residuals)(shapes[0], *split(layer), *shapes[1:])
-        return _planned(closed, structures[0], len(leaves))
+    def __call__(self, *inputs: Any) -> Any:
+        loop = jax.custom_vjp(self._scan)
+        loop.defvjp(self._forward, self._backward)
+        return loop(*inputs)
 
-    @jax.custom_vjp
-    def loop(x, learned, fixed, constants, numbers):
-        return jax.lax.scan(lambda x, layer: (run(x, *layer, constants, numbers), None), x, (learned, fixed))[0]
+    @functools.cached_property
+    def _program(self) -> Program:
+        """A layer's forward pass, traced when a gradient is first asked for."""
+        _, learned, fixed, *_ = self._shapes
+        closed, (_, back) = jax.make_jaxpr(self._with_gradient, return_shape=True)(*self._shapes)
+        return _planned(closed, jax.tree.structure(back), len(learned) + len(fixed))
 
-    def forward(x, learned, fixed, constants, numbers):
-        plan = program()
+    def _with_gradient(self, x: Any, learned: Any, fixed: Any, constants: Any, numbers: Any) -> tuple[Any, Any]:
+        """A layer's output, and its gradient as a function, whose leaves are the residuals."""
+        return jax.vjp(lambda x, layer, more: self._layer(x, layer, fixed, more, numbers), x, learned, constants)
+
+    def _scan(self, x: Any, learned: Any, fixed: Any, constants: Any, numbers: Any) -> Any:
+        """The loop where no gradient is asked for."""
+        return jax.lax.scan(lambda x, own: (self._layer(x, *own, constants, numbers), None), x, (learned, fixed))[0]
+
+    def _forward(self, x: Any, learned: Any, fixed: Any, constants: Any, numbers: Any) -> tuple[Any, tuple[Any, ...]]:
+        """The loop that writes the stacks, and what the backward pass needs."""
+        plan = self._program
         shapes = [plan.shapes[row] for row in plan.rows[:-1]] + [x]
-        stacks = [jax.lax.empty((length, *_rows(shape.shape)), shape.dtype) for shape in shapes]
+        stacks = [jax.lax.empty((self._length, *_rows(shape.shape)), shape.dtype) for shape in shapes]
 
-        def turn(number, carry):
+        def turn(number: Any, carry: Any) -> tuple[jax.Array, list[jax.Array]]:
             x, stacks = carry
             layer = [_at(leaf, number) for leaf in (*learned, *fixed)]
             return _turn(plan, number, (x, *layer, *constants, *numbers), list(stacks))
 
-        x, stacks = jax.lax.fori_loop(0, length, turn, (x, stacks))
+        x, stacks = jax.lax.fori_loop(0, self._length, turn, (x, stacks))
         return x, (stacks, learned, fixed, constants, numbers)
 
-    def backward(kept, gradient):
+    def _backward(self, kept: tuple[Any, ...], gradient: Any) -> tuple[Any, ...]:
+        """Gradients of the loop's arguments, from the last layer to the first."""
         stacks, learned, fixed, constants, numbers = kept
-        plan = program()
-        sources = {"layers": [*learned, *fixed], "constants": [*constants, *numbers], "own": plan.closed.consts}
+        plan = self._program
 
-        def turn(carry, number):
+        def turn(carry: Any, number: Any) -> tuple[Any, Any]:
             gradient, sums = carry
-            values = []
-            for place, residual in zip(plan.places, plan.shapes, strict=True):
-                if place.source == "stacks":
-                    values.append(_at(stacks[place.at], number).reshape(residual.shape))
-                elif place.source == "layers":
-                    values.append(_at(sources["layers"][place.at], number))
-                else:
-                    values.append(place.at if place.source == "value" else sources[place.source][place.at])
+            values = _residuals(plan, number, stacks, (*learned, *fixed), (*constants, *numbers))
             gradient, layer, more = jax.tree.unflatten(plan.structure, values)(gradient)
             return (gradient, jax.tree.map(jnp.add, sums, more)), layer
 
         zeros = jax.tree.map(jnp.zeros_like, constants)
-        (gradient, sums), layers = jax.lax.scan(turn, (gradient, zeros), jnp.arange(length), reverse=True)
+        (gradient, sums), layers = jax.lax.scan(turn, (gradient, zeros), jnp.arange(self._length), reverse=True)
         return gradient, layers, None, sums, None
-
-    loop.defvjp(forward, backward)
-    return loop(x, learned, fixed, constants, numbers)
 
 
 def _closed_over(run: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], list[Any], list[Any]]:
@@ -208,6 +221,23 @@ def _turn(
                     value = _at(jax.lax.optimization_barrier(stacks[at]), number).reshape(value.shape)
             values[var] = value
     return read(jaxpr.outvars[0]), stacks
+
+
+def _residuals(
+    plan: Program, number: jax.Array, stacks: Sequence[Any], layers: Sequence[Any], constants: Sequence[Any]
+) -> list[Any]:
+    """The residuals of a layer, each read from its place."""
+    values = []
+    for place, residual in zip(plan.places, plan.shapes, strict=True):
+        if place.source == "stacks":
+            values.append(_at(stacks[place.at], number).reshape(residual.shape))
+        elif place.source == "layers":
+            values.append(_at(layers[place.at], number))
+        elif place.source == "constants":
+            values.append(constants[place.at])
+        else:
+            values.append(plan.closed.consts[place.at] if place.source == "own" else place.at)
+    return values
 
 
 def _is_var(atom: Any) -> bool:

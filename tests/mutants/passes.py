@@ -74,7 +74,7 @@ PASSES = (
     # what layers keep, in stacks
     Fault("models/wan/stacks.py", "and not _summed(var", "and _summed(var", STACKS, "written"),
     Fault("models/wan/stacks.py", "if at <= leaves else", "if at < leaves else", STACKS, "scans"),
-    Fault("models/wan/stacks.py", "jnp.arange(length), reverse=True", "jnp.arange(length)", STACKS, "scans"),
+    Fault("models/wan/stacks.py", "arange(self._length), reverse=True", "arange(self._length)", STACKS, "scans"),
     Fault("models/wan/stacks.py", "if isinstance(value, Tracer)]", "if False]", STACKS, "close_over"),
     Fault("train/step.py", "config.remat != STACKED or ", "", STEP, "one_gpu"),
     Fault("train/step.py", "settings.accumulation > 1 or not", "settings.accumulation > 2 or not", STEP, "one_gpu"),
