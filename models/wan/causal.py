@@ -5,7 +5,6 @@ generation calls `cached_forward` for each denoising step of each block. Both gi
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,13 +16,12 @@ from jaxtyping import Array, Float, Int, Real
 
 from monarchrt.models.attention.base import CacheShape, Context, Number, map_keys
 from monarchrt.models.sharding import constrain, parts
+from monarchrt.models.wan.cached import CachedCall, each_cache, map_caches
 from monarchrt.models.wan.config import WanConfig
-from monarchrt.models.wan.dit import AttentionRun, Times, WanModel, attention_runs, rematerialized, whole_layer
-from monarchrt.models.wan.fused import Pending, fused_block, fuses, settled, write_products
-from monarchrt.models.wan.kept import BY_GROUPS
-from monarchrt.models.wan.kinds import modules_of
+from monarchrt.models.wan.dit import AttentionRun, Times, WanModel, attention_runs, whole_layer
+from monarchrt.models.wan.fused import Pending, settled
 from monarchrt.models.wan.rope import axis_table, axis_widths, rope_table, rotate
-from monarchrt.models.wan.tokens import join_frames, joins_frames, pad_rope, split_tokens
+from monarchrt.models.wan.tokens import join_frames, joins_frames, pad_rope
 from monarchrt.models.wan.unrolled import over_layers
 
 
@@ -50,12 +48,12 @@ class WanCache:
     @property
     def keys(self) -> tuple[Any, ...]:
         """Keys of each run, [layers, B, ...], in the order in which its attention stores them."""
-        return tuple(cache.key for run in self.runs for cache in _each(run))
+        return tuple(cache.key for run in self.runs for cache in each_cache(run))
 
     @property
     def values(self) -> tuple[Any, ...]:
         """Values of each run, like `keys`."""
-        return tuple(cache.value for run in self.runs for cache in _each(run))
+        return tuple(cache.value for run in self.runs for cache in each_cache(run))
 
 
 def init_cache(
@@ -202,16 +200,6 @@ def empty_run(run: AttentionRun, shape: CacheShape, *, apart: bool = False) -> A
     return of_layers(layers)
 
 
-def _each(run: Any) -> tuple[Any, ...]:
-    """The caches of a run of layers."""
-    return run if isinstance(run, tuple) else (run,)
-
-
-def _map_caches(change: Callable[[Any], Any], run: Any) -> Any:
-    """Applies a function to the cache or caches of a run of layers."""
-    return tuple(map(change, run)) if isinstance(run, tuple) else change(run)
-
-
 def cached_forward(
     model: WanModel,
     latents: Float[Array, "B F H W C"],
@@ -256,7 +244,6 @@ def cached_forward(
     if layers is not None and not in_place:
         raise ValueError("layers need in_place=True; pass both, or leave layers out.")
     grid = model.check_latents(latents, timesteps, cached=True)
-    runs = attention_runs(config.layer_attention)
     check_cache(model, cache, latents.shape[0], grid, apart=layers is not None)
     start = cache.length if frame is None else frame
     rope, in_row = rope_table(grid, config.head_dim, start_frame=start), grid[1] * grid[2]
@@ -264,121 +251,31 @@ def cached_forward(
         rope, in_row = (join_frames(rope[0]), join_frames(rope[1])), grid[0] * in_row
     rope, tokens = pad_rope(rope), model.embed_latents(latents, timesteps, times, joined=joined)
     graph, state = model.split_blocks(apart=layers is not None)
-    written = []
+    call = CachedCall(
+        graph=graph,
+        config=config,
+        time=tokens.time_projection,
+        rope=rope,
+        tokens=in_row,
+        start=start,
+        context=Context(step=step, block=block),
+    )
     x: Any = tokens.x if layers is None else Pending(tokens.x)
-    for run, cached in zip(runs, cache.runs, strict=True):
-        past = _map_caches(partial(dataclasses.replace, length=cache.length), cached)
+    written = []
+    for run, cached in zip(attention_runs(config.layer_attention), cache.runs, strict=True):
+        past = map_caches(partial(dataclasses.replace, length=cache.length), cached)
         if layers is not None:
-            through, (own, cross) = _layers_unrolled, (x[run.start : run.stop] for x in (layers, cache.cross))
+            own = layers[run.start : run.stop], cache.cross[run.start : run.stop]
+            x, past = call.unrolled(run, x, own, past)
         else:
-            through = _layers_in_place if in_place else _layers_apart
-            own, cross = (run.of(x, config.num_layers) for x in (state, cache.cross))
-
-        def run_block(x, layer, cross, attention):
-            block_of_layer, time = nnx.merge(graph, whole_layer(layer, config)), tokens.time_projection
-
-            def context(x):
-                inputs = partial(block_of_layer.attention_inputs, x[:, :, :in_row], time)
-                return Context(step=step, block=block, inputs=inputs, modules=modules_of(block_of_layer))
-
-            if layers is not None and fuses(block_of_layer, attention.cache):
-
-                def attend_written(x, normed):
-                    return attention.write(partial(write_products, block_of_layer, normed, rope), context(x))
-
-                return fused_block(block_of_layer, x, time, cross, attend_written)
-
-            def attend(query, key, value):
-                return attention(query, key, value, context(x))
-
-            if layers is not None:
-                x = settled(x, time)
-            how: Any = dict(tokens=in_row, recompute=config.remat in BY_GROUPS)
-            x = split_tokens(block_of_layer(x, time, rope, cross, attend, **how))
-            return x if layers is None else Pending(x)
-
-        x, past = through(run_block, x, (own, cross), past, run, start, config)
-        written.append(_map_caches(partial(dataclasses.replace, length=None), past))
+            own = run.of(state, config.num_layers), run.of(cache.cross, config.num_layers)
+            x, past = (call.in_place if in_place else call.apart)(run, x, own, past)
+        written.append(map_caches(partial(dataclasses.replace, length=None), past))
     x = x if layers is None else settled(x, tokens.time_projection)
     flow = model.unpatchify(model.run_head(x, tokens.time), grid)
     length = jnp.asarray(start, jnp.int32) + grid[0]
     runs = split_heads(tuple(written), config.num_heads)
     return flow, dataclasses.replace(cache, runs=runs, length=length)
-
-
-def _layers_apart(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Array, Any]:
-    """Runs a scan over layers that read a copy of their own cache; all blocks are written to the cache at the end."""
-    stacked, length = dataclasses.replace(past, length=None), past.length
-
-    def body(x, xs):
-        (layer, cross), own, number = xs
-        written = []
-
-        def attention(query, key, value, context):
-            written.extend((key, value))
-            cache = dataclasses.replace(own, length=length).append(key, value, frame=start)
-            return run.setting.attend_cache(cache, query, context=dataclasses.replace(context, layer=number))
-
-        x = run_block(x, layer, cross, attention)
-        return x, tuple(written)
-
-    # the scan returns only the new block; the caches of all layers are then written at once, in place if donated
-    x, new = jax.lax.scan(rematerialized(body, config), x, (layers, stacked, jnp.arange(run.start, run.stop)))
-
-    def write(own, key, value):
-        cache = dataclasses.replace(own, length=length).append(key, value, frame=start)
-        return dataclasses.replace(cache, length=None)
-
-    return x, jax.vmap(write)(stacked, *new)
-
-
-class _OfLayer:
-    """The self-attention of one layer, which writes to and reads from the cache of all layers in place."""
-
-    def __init__(self, cache: Any, at: Array, number: Array, *, run: AttentionRun, start: Any):
-        self.cache, self._at, self._number, self._run, self._start = cache, at, number, run, start
-
-    def __call__(self, query: Array, key: Array, value: Array, context: Context) -> Array:
-        return self.write(lambda cache, **where: (cache.append(key, value, **where), query), context)
-
-    def write(self, write: Callable[..., tuple[Any, Array]], context: Context) -> Array:
-        """Attends with the queries returned by `write`, which also writes the block into the cache."""
-        self.cache, query = write(self.cache, frame=self._start, layer=self._at)
-        where = dataclasses.replace(context, layer=self._run.start + self._number)
-        return self._run.setting.attend_cache(self.cache, query, layer=self._at, context=where)
-
-
-def _through_one(run_block, x, past, at, number, layer, cross, *, run: AttentionRun, start) -> tuple[Any, Any]:
-    """Runs one layer, which writes to and reads from the cache of all layers in place."""
-    attention = _OfLayer(past, at, number, run=run, start=start)
-    x = run_block(x, layer, cross, attention)
-    return x, dataclasses.replace(attention.cache, length=past.length)
-
-
-def _layers_in_place(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Array, Any]:
-    """Runs a scan over layers that write to and read from the cache of all layers in place.
-
-    The index is the loop's own counter, not an element of an array: XLA can then pass a slice of the cache to a kernel
-    without a copy.
-    """
-
-    def body(carry, layer):
-        x, past, number = carry
-        return (*_through_one(run_block, x, past, number, number, *layer, run=run, start=start), number + 1), None
-
-    (x, past, _), _ = jax.lax.scan(rematerialized(body, config), (x, past, jnp.int32(0)), layers)
-    return x, past
-
-
-def _layers_unrolled(run_block, x, layers, past, run: AttentionRun, start, config) -> tuple[Any, Any]:
-    """Runs unrolled layers one after the other, in place; a layer is traced and lowered once."""
-    states, cross = layers
-    through = jax.jit(partial(_through_one, run_block, run=run, start=start))
-    caches = list(_each(past))
-    for number, layer in enumerate(zip(states, cross, strict=True)):
-        at = 0 if isinstance(past, tuple) else number
-        x, caches[number - at] = through(x, caches[number - at], jnp.int32(at), jnp.int32(number), *layer)
-    return x, tuple(caches) if isinstance(past, tuple) else caches[0]
 
 
 def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
@@ -441,7 +338,7 @@ def _turned(cache: WanCache, cos: Array, sin: Array, frames: Int[Array, ""] | in
     def turn(keys):
         return rotate(keys.reshape(-1, 1, 1, *keys.shape[-2:]), cos, sin).reshape(keys.shape)
 
-    runs = tuple(_map_caches(lambda cache: map_keys(cache, turn), run) for run in cache.runs)
+    runs = tuple(map_caches(lambda cache: map_keys(cache, turn), run) for run in cache.runs)
     return dataclasses.replace(cache, runs=runs, length=cache.length - frames)
 
 

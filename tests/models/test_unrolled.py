@@ -13,7 +13,7 @@ from monarchrt.models.attention.base import NO_CONTEXT
 from monarchrt.models.attention.dense import DenseAttention
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.sampling import LiveRollout, Rollout
-from monarchrt.models.wan import WanModel, causal, count_parameters, wan_config
+from monarchrt.models.wan import WanModel, cached, count_parameters, wan_config
 from monarchrt.models.wan.causal import cached_forward, init_cache, turn_cache
 from monarchrt.models.wan.fused import fuses
 from monarchrt.models.wan.unrolled import unroll_layers
@@ -66,7 +66,7 @@ def test_passes_change_nothing(model, text, window):
 def test_passes_are_of_caches_in_the_order_of_tokens(model, text, monkeypatch):
     """Others are written as ever."""
     asked = []
-    monkeypatch.setattr(causal, "fuses", lambda *given: asked.append(fuses(*given)) or asked[-1])
+    monkeypatch.setattr(cached, "fuses", lambda *given: asked.append(fuses(*given)) or asked[-1])
     settings = tuple(map(parse, ("monarch(tile=(3,1,4))", "monarch(blocks='w,fh')", "monarch(tile=(3,2,4))")))
     model = model.with_attention(settings)
 

@@ -16,7 +16,7 @@ PASSES = (
     # layers apart, each with its own cache
     Fault("models/attention/dense.py", "return True", "return False", UNROLLED, "own"),
     Fault(
-        "models/wan/causal.py",
+        "models/wan/cached.py",
         "jnp.int32(at), jnp.int32(number), *",
         "jnp.int32(at), jnp.int32(at), *",
         UNROLLED,
