@@ -8,12 +8,15 @@ rounded: the softmaxes, c_L, L's scores and the sums are in float32.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from monarch_jax._typing import Array, Float
 from monarch_jax.checks import brief
 
 INTERMEDIATES = ("e4m3",)
 LARGEST = 448.0  # largest finite float8_e4m3fn
+SMALLEST_NORMAL, SUBNORMALS = 2.0**-6, 2**9  # below the first, float8_e4m3fn is a multiple of one over the second
+BFLOAT16 = (8, 7)  # bits of exponent and mantissa
 
 
 def check_intermediates(intermediates: str | None) -> None:
@@ -51,9 +54,23 @@ def stored(x: Float[Array, "*batch D"], intermediates: str | None) -> Float[Arra
 
 @jax.custom_jvp
 def _e4m3(x: jax.Array) -> jax.Array:
-    top = jnp.abs(x).max(-1, keepdims=True).astype(jnp.bfloat16).astype(x.dtype)
+    top = lax.reduce_precision(jnp.abs(x).max(-1, keepdims=True), *BFLOAT16)
     scale = jnp.where(top == 0, 1, top / LARGEST)
-    return (x / scale).astype(jnp.float32).astype(jnp.float8_e4m3fn).astype(x.dtype) * scale
+    return rounded_to_e4m3(x / scale) * scale
+
+
+def rounded_to_e4m3(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Numbers of up to 448 rounded to float8_e4m3fn, in their own dtype.
+
+    XLA leaves out a conversion to fewer bits and back on GPUs (`xla_allow_excess_precision`), so there is none here.
+
+    Examples:
+        >>> rounded_to_e4m3(jnp.array([19.2, 450.0, 0.0007, -0.0014])).tolist()  # below 1/64 in steps of 1/512
+        [20.0, 448.0, 0.0, -0.001953125]
+    """
+    few = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
+    small = lax.round(x * SUBNORMALS, lax.RoundingMethod.TO_NEAREST_EVEN) / SUBNORMALS
+    return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, small, jnp.clip(few, -LARGEST, LARGEST))
 
 
 @_e4m3.defjvp

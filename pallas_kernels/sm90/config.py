@@ -185,8 +185,8 @@ class LeftE4M3Config(LeftConfig):
 
     @property
     def steps(self) -> int:
-        """Steps whose c_L is there for those that compute."""
-        return -(-self.cells // 2)
+        """Steps whose numbers are there for those that compute, who read them until they read Y."""
+        return self.cells // 2 + 1
 
     def shared_memory(self, dim: int) -> int:
         """Bytes a block uses."""
@@ -198,7 +198,7 @@ class LeftE4M3Config(LeftConfig):
             self.raw * block * dim,
             numbers,
             numbers,
-            self.steps * block * 4,
+            self.steps * 3 * block * 4,
             self.wide * ROWS * 4,
             barriers=2 * (self.query_stages + self.raw + self.cells) + self.raw_steps + 1,
             reductions=self.reduction_bytes,

@@ -22,6 +22,7 @@ from monarchrt.pallas_kernels.sm90.roles import Given, PersistentBlock, QueryTil
 from monarchrt.pallas_kernels.sm90.shared import LOG2E
 from monarchrt.pallas_kernels.sm90.types import Index, Place, Ref
 
+Tile = Float32[Array, "64 _"]
 Sums = tuple[Float32[Array, "64 ..."], ...]
 """Of 64 rows: greatest score, sum of weights, slabs of the output [64 i, 64 d]."""
 
@@ -144,6 +145,7 @@ class Block(PersistentBlock):
         self.slabs, self.depth = items.q.shape[5] // SLAB, items.config.key_block
         self.q, self.alpha, self.y, self.c, *self.more_numbers, self.limits, start = given.inputs
         self.out, self.lse = given.outputs
+        self.factors = items.q.dtype  # of the matrix products
         self.name_scratch(given.scratch)
         self.head0, self.tile0 = start[0], start[1]
         self.turns = self.share(items.count)
@@ -157,6 +159,7 @@ class Block(PersistentBlock):
         multiply, copy = shared.tile_views(scratch.tiles)
         self.q_mma, self.alpha_mma, self.y_mma, *self.tail_mma = multiply
         self.q_in, self.alpha_in, self.y_in, *self.tail_in = copy
+        self.q_factor = self.q_mma
 
     def place(self, t: Index) -> tuple[Index, Place, Index, Index, Index]:
         """As `Items.place`, of a turn."""
@@ -195,6 +198,7 @@ class Block(PersistentBlock):
             steps = lax.div(limit + self.depth - 1, self.depth)
             q_slot = lax.rem(t, self.config.query_stages)
             plgpu.barrier_wait(self.q_full.at[q_slot])
+            self.ready_query(q_slot)
             layout = plgpu.Layout.WGMMA
             top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), layout.reduce(1))
             total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
@@ -227,24 +231,20 @@ class Block(PersistentBlock):
         def scores(acc):
             for n in range(self.slabs):
                 b = self.alpha_mma.at[slot, my_column, n].transpose((1, 0))
-                plgpu.wgmma(acc, self.q_mma.at[q_slot, self.group, n], b)
+                plgpu.wgmma(acc, self.q_factor.at[q_slot, self.group, n], b)
             self.take_turns()  # its products with Y and these are sent: the next warpgroup's may follow
             return acc[...]
 
-        s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, depth), jnp.float32)) * (self.scale * LOG2E)
-        column = plgpu.Layout.WGMMA.reduce(0)
-        bias = plgpu.load(self.c_in.at[slot, my_column], layout=column, optimized=False)
-        pair = plgpu.broadcasted_iota(jnp.int32, (depth,), 0, layout=column) + i * depth
-        bias = jnp.where(pair < limit, bias, jnp.inf)  # pairs that are not seen
+        s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, depth), jnp.float32))
+        s = self.logits(s, slot, my_column, limit - i * depth)
         plgpu.barrier_arrive(self.alpha_free.at[slot])
-        s = s - lax.broadcast_in_dim(bias, s.shape, [1])
         new_top = jnp.maximum(top, s.max(axis=1))
         factor = jnp.exp2(top - new_top)
         # the update of L (paper, A.2): softmax over (c, k) of s <Q, alpha> - c_L
         p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [0]))
-        total = total * factor + p.sum(axis=1)
+        total = total * factor + self.weights(p, slot, my_column).sum(axis=1)
         acc = [x * lax.broadcast_in_dim(factor, x.shape, [0]) for x in acc]
-        p = p.astype(self.items.q.dtype)
+        p = p.astype(self.factors)
         if config.alternate:
             total, p, *acc = lax.optimization_barrier((total, p, *acc))
             self.take_turns()  # the softmax is done
@@ -257,6 +257,22 @@ class Block(PersistentBlock):
         acc = shared.accumulate(products, acc)
         plgpu.barrier_arrive(self.y_free.at[slot])
         return new_top, total, *acc
+
+    def ready_query(self, q_slot: Index) -> None:
+        """Makes an item's query rows, which have come, factors of matrix products; they are."""
+
+    def logits(self, s: Tile, slot: Index, column: Index, seen: Index) -> Tile:
+        """L's scores in units of log 2, [64 i, depth], from <Q, alpha>; `seen` pairs of the step are there."""
+        layout = plgpu.Layout.WGMMA.reduce(0)
+        bias = plgpu.load(self.c_in.at[slot, column], layout=layout, optimized=False)
+        pair = plgpu.broadcasted_iota(jnp.int32, (self.depth,), 0, layout=layout)
+        bias = jnp.where(pair < seen, bias, jnp.inf)  # pairs that are not seen
+        return s * (self.scale * LOG2E) - lax.broadcast_in_dim(bias, s.shape, [1])
+
+    def weights(self, p: Tile, slot: Index, column: Index) -> Tile:
+        """What the softmax's total is the sum of, from what Y is multiplied by."""
+        del slot, column
+        return p
 
     def store(self, sums: Sums, q_slot: Index) -> None:
         """The output replaces this warpgroup's query rows; and the log-sum-exp."""

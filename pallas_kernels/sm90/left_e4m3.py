@@ -1,9 +1,12 @@
 """Stage 2 from alpha and Y in 8 bits: `left.py`, with one more warpgroup that turns them into 16 before the products.
 
 The tensor cores multiply 8 bits with 8 bits only, and would want Y transposed. So blocks of alpha and of Y come into
-one ring in turns as e4m3 ("raw"); a warpgroup multiplies their rows by their scales and leaves them in a second ring
-("cells"), tiled for products, in the inputs' dtype. What computes is `left.py`'s, told where its step's cells are. Half
-step 2n is step n's alpha, half step 2n + 1 its Y.
+one ring in turns as e4m3 ("raw"); a warpgroup leaves them in a second ring ("cells"), tiled for products, as float16,
+which holds them exactly and takes one instruction for two. Half step 2n is step n's alpha, half step 2n + 1 its Y.
+
+Their scales are in what meets them. A score <Q, alpha> is multiplied by alpha's. L's weight p of a pair times Y's scale
+y is 2^(score + log2 y), with a running maximum of its own, so that float16 has room for it, and the softmax's total is
+the sum of these weights over y.
 """
 
 from collections.abc import Callable
@@ -14,12 +17,14 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float32
 
-from monarchrt.pallas_kernels.sm90 import shared
+from monarchrt.pallas_kernels.sm90 import e4m3_cells, shared
 from monarchrt.pallas_kernels.sm90.config import ROWS, SLAB, LeftE4M3Config
-from monarchrt.pallas_kernels.sm90.left import Block, Items
+from monarchrt.pallas_kernels.sm90.left import Block, Items, Tile
 from monarchrt.pallas_kernels.sm90.right_e4m3 import E4M3, LARGEST, UPPER
 from monarchrt.pallas_kernels.sm90.roles import Role
+from monarchrt.pallas_kernels.sm90.shared import LOG2E
 from monarchrt.pallas_kernels.sm90.types import Index, Ref
 
 
@@ -49,7 +54,7 @@ def left_e4m3_role(
         pl.when(work.group == wide + 1)(work.load)
 
     struct, padded_rows = jax.ShapeDtypeStruct, items.row_groups * config.row_blocks * ROWS
-    shapes = [(config.query_stages, wide, slabs, ROWS, SLAB), (config.cells, columns, slabs, depth, SLAB)]
+    queries = [(config.query_stages, wide, slabs, ROWS, SLAB)]
     return Role(
         run,
         name="monarch_left_e4m3",
@@ -58,11 +63,12 @@ def left_e4m3_role(
             struct((batch * heads * tiles, cols, padded_rows), jnp.float32),
         ),
         scratch=dict(
-            tiles=shared.tile_scratch(shapes, q.dtype, SLAB),
+            queries=shared.tile_scratch(queries, q.dtype, SLAB, also=() if q.dtype == FACTORS else (FACTORS,)),
+            cells=shared.tile_scratch([(config.cells, columns, slabs, depth, SLAB)], FACTORS, SLAB),
             raw=shared.tile_scratch([(config.raw, columns, 1, depth, dim)], E4M3, dim),
             c_raw=plgpu.SMEM((config.raw_steps, columns, depth), jnp.float32),
             words=plgpu.SMEM((config.raw_steps, columns, depth), jnp.int32),
-            c=plgpu.SMEM((config.steps, columns, depth), jnp.float32),
+            numbers=plgpu.SMEM((config.steps, 3, columns, depth), jnp.float32),
             lse=plgpu.SMEM((wide, ROWS), jnp.float32),
             q_full=plgpu.Barrier(num_arrivals=wide, num_barriers=config.query_stages),
             q_free=plgpu.Barrier(num_arrivals=wide, num_barriers=config.query_stages),
@@ -76,6 +82,10 @@ def left_e4m3_role(
         groups=wide + 1,
         blocks=min(config.blocks, items.count),
     )
+
+
+FACTORS = jnp.float16  # what the products are of
+ALPHA, BIAS, TOTAL = range(3)  # of a pair: its score times one, less another; its weight times a third
 
 
 class _Ring:
@@ -104,10 +114,12 @@ class LeftE4M3(Block):
         self.q_full, self.q_free = scratch.q_full, scratch.q_free
         self.raw_full, self.raw_free, self.c_full = scratch.raw_full, scratch.raw_free, scratch.c_full
         self.cell_full, self.cell_free = scratch.cell_full, scratch.cell_free
-        (self.q_mma, self.cells), (self.q_in, _) = shared.tile_views(scratch.tiles)
-        (self.raw_reg,), (self.raw_in,) = shared.tile_views(scratch.raw)
+        (self.q_mma,), (self.q_in,), *half = shared.tile_views(scratch.queries)
+        self.q_factor, self.factors = half[0][0] if half else self.q_mma, FACTORS
+        (self.cells,), (self.cells_in,) = shared.tile_views(scratch.cells)
+        _, (self.raw_in,) = shared.tile_views(scratch.raw)
         count = self.config.cells
-        self.c_in = _Ring(scratch.c, lambda n: lax.rem(n, self.config.steps))
+        self.numbers = _Ring(scratch.numbers, lambda n: lax.rem(n, self.config.steps))
         for which, name in enumerate(("alpha", "y")):
 
             def cell(n, which=which):
@@ -132,6 +144,30 @@ class LeftE4M3(Block):
         """Steps of a turn; a number that the compiler knows makes it write them all out, and spill what they share."""
         return shared.unhoisted(lax.div(limit + self.depth - 1, self.depth), self.number(t))
 
+    def ready_query(self, q_slot: Index) -> None:
+        """bfloat16 to float16, in place; above 65504 it is infinite."""
+        if self.q_factor is self.q_mma:
+            return
+        for n in range(self.slabs):
+            x = plgpu.load(self.q_mma.at[q_slot, self.group, n], layout=plgpu.Layout.WGMMA)
+            self.q_factor[q_slot, self.group, n] = x.astype(jnp.float32).astype(FACTORS)
+        plgpu.commit_smem()
+
+    def number_of(self, which: int, slot: Index, column: Index) -> Float32[Array, " _"]:
+        """One of the numbers of a step's pairs, [depth]."""
+        source = self.numbers.at[slot, which, column]
+        return plgpu.load(source, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+    def logits(self, s: Tile, slot: Index, column: Index, seen: Index) -> Tile:
+        """L's scores, and the logarithm of Y's scale, in units of log 2."""
+        del seen  # in BIAS
+        alpha, bias = (self.number_of(n, slot, column) for n in (ALPHA, BIAS))
+        return s * lax.broadcast_in_dim(alpha, s.shape, [1]) - lax.broadcast_in_dim(bias, s.shape, [1])
+
+    def weights(self, p: Tile, slot: Index, column: Index) -> Tile:
+        """p without Y's scale."""
+        return p * lax.broadcast_in_dim(self.number_of(TOTAL, slot, column), p.shape, [1])
+
     def convert(self) -> None:
         """What the converting warpgroup does."""
         config, depth = self.config, self.depth
@@ -147,8 +183,8 @@ class LeftE4M3(Block):
                 n = done + i
                 words = lax.rem(n, config.raw_steps)
                 plgpu.barrier_wait(self.c_full.at[words])
-                for which in range(2):
-                    self.half_step(2 * n + which, which, words, self.c_in.place(n), limit - i * depth)
+                self.half_step(2 * n, lambda: self.scales(words, self.numbers.place(n), limit - i * depth))
+                self.half_step(2 * n + 1)
                 return ()
 
             lax.fori_loop(0, steps, step, ())
@@ -158,30 +194,37 @@ class LeftE4M3(Block):
         for s in range(config.cells):
             plgpu.barrier_wait(self.cell_free.at[s])
 
-    def half_step(self, half: Index, which: int, words: Index, c_slot: Index, seen: Index) -> None:
-        """alpha (which = 0), with c_L, or Y of a step from its raw place to its cell; `seen` pairs of it are there."""
+    def scales(self, words: Index, step: Index, seen: Index) -> None:
+        """The numbers of a step's pairs, of which `seen` are there, from c_L and the words of their scales."""
+        layout = plgpu.Layout.WGMMA_8BIT.reduce(1)
+        for column in range(self.config.columns):
+            for first in range(0, self.depth, ROWS):
+                span = pl.ds(first, ROWS)
+                word = plgpu.load(self.words.at[words, column, span], layout=layout, optimized=False)
+                c = plgpu.load(self.c_raw.at[words, column, span], layout=layout, optimized=False)
+                alpha = lax.bitcast_convert_type(word & UPPER, jnp.float32)
+                y = lax.bitcast_convert_type(lax.shift_left(word, jnp.full_like(word, 16)), jnp.float32)
+                y = y * (1 / LARGEST)
+                pair = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout) + first
+                there = pair < seen  # beyond all pairs no word was written
+                numbers = {
+                    ALPHA: jnp.where(there, alpha * (self.scale * LOG2E / LARGEST), 0.0),
+                    BIAS: jnp.where(there, c - jnp.log2(y), jnp.inf),
+                    TOTAL: jnp.where(there, 1 / y, 0.0),
+                }
+                for which, x in numbers.items():
+                    self.numbers.ref[step, which, column, span] = x
+
+    def half_step(self, half: Index, more: Callable[[], None] = lambda: None) -> None:
+        """alpha or Y of a step from its raw place to its cell, and `more` when there is room for it."""
         config = self.config
         raw, cell = lax.rem(half, config.raw), lax.rem(half, config.cells)
         plgpu.barrier_wait(self.raw_full.at[raw])
         plgpu.barrier_wait(self.cell_free.at[cell])
-        layout = plgpu.Layout.WGMMA_8BIT
+        more()
         for column in range(config.columns):
-            for first in range(0, self.depth, ROWS):
-                span = pl.ds(first, ROWS)
-                word = plgpu.load(self.words.at[words, column, span], layout=layout.reduce(1), optimized=False)
-                bits = lax.shift_left(word, jnp.full_like(word, 16)) if which else word & UPPER
-                top = lax.bitcast_convert_type(bits, jnp.float32)
-                pair = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1)) + first
-                scale = jnp.where(pair < seen, top * (1 / LARGEST), 0.0)  # beyond all pairs no word was written
-                x = plgpu.load(self.raw_reg.at[raw, column, 0, span], layout=layout)
-                x = x.astype(jnp.float16).astype(jnp.float32)
-                x = (x * lax.broadcast_in_dim(scale, x.shape, [0])).astype(self.items.q.dtype)
-                for n in range(self.slabs):
-                    part = lax.slice(x, (0, n * SLAB), (ROWS, (n + 1) * SLAB))
-                    self.cells[cell, column, n, span] = part
-                if not which:
-                    c = plgpu.load(self.c_raw.at[words, column, span], layout=layout.reduce(1), optimized=False)
-                    self.c_in.ref[c_slot, column, span] = c
+            source, target = self.raw_in.at[raw, column, 0], self.cells_in.at[cell, column]
+            e4m3_cells.convert(source, target, depth=self.depth, dim=self.slabs * SLAB)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.cell_full.at[cell])
         plgpu.barrier_arrive(self.raw_free.at[raw])

@@ -18,6 +18,7 @@ from monarchrt.pallas_kernels.sm90.types import Index
 
 E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # of E4M3
+NOTHING = 1e-30  # vectors below it are stored as zeros, with a scale for which stage 2 has room
 UPPER = -65536  # the upper 16 bits of a word
 
 
@@ -39,7 +40,8 @@ class RightE4M3(Block):
             most = jnp.abs(slabs[0])
             for x in slabs[1:]:
                 most = jnp.maximum(most, jnp.abs(x))
-            bits = to_bfloat16(jnp.maximum(most.max(axis=1), 1e-30))
+            most = most.max(axis=1)
+            bits = to_bfloat16(jnp.where(most < NOTHING, jnp.ones_like(most), most))
             factor = LARGEST / lax.bitcast_convert_type(bits, jnp.float32)
             small = [(x * lax.broadcast_in_dim(factor, x.shape, [0])).astype(E4M3) for x in slabs]
             out += [lax.concatenate(small, 1), bits]

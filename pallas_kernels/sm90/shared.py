@@ -15,7 +15,11 @@ LOG2E = math.log2(math.e)
 
 
 def tile_scratch(
-    shapes: Sequence[tuple[int, ...]], dtype: DTypeLike, slab: int, split: tuple[int, int] | None = None
+    shapes: Sequence[tuple[int, ...]],
+    dtype: DTypeLike,
+    slab: int,
+    split: tuple[int, int] | None = None,
+    also: Sequence[DTypeLike] = (),
 ) -> Any:
     """Scratch for tiles [..., rows, slab], in two or three views of the same bytes.
 
@@ -28,6 +32,7 @@ def tile_scratch(
         dtype: A float of 16 or 8 bits.
         slab: Elements of a row, 32, 64 or 128 bytes.
         split: Two sizes whose product is 64; adds a view for copies in which 64 rows are these two dimensions.
+        also: Dtypes of the same size; adds a view to multiply, load and store for each.
 
     Returns:
         A scratch type; `tile_views` splits the reference made from it.
@@ -37,18 +42,20 @@ def tile_scratch(
     swizzle = plgpu.SwizzleTransform(slab * jnp.dtype(dtype).itemsize)  # pyright: ignore[reportAbstractUsage]
     tiled = plgpu.TilingTransform((8, slab))  # pyright: ignore[reportAbstractUsage]
 
-    def view(shapes, *transforms):
+    def view(shapes, *transforms, dtype=dtype):
         return tuple(plgpu.SMEM(shape, dtype, transforms=transforms) for shape in shapes)
 
     views = [view(shapes, tiled, swizzle), view(shapes, swizzle)]
     if split:
         rows = split[0] * split[1]
         views.append(view([(*s[:-2], *(split if s[-2] == rows else s[-2:-1]), slab) for s in shapes], swizzle))
+    views += [view(shapes, tiled, swizzle, dtype=x) for x in also]
     return plgpu.RefUnion(*views)
 
 
 def tile_views(scratch: Ref) -> tuple[Refs, ...]:
-    """The references of a `tile_scratch`: to multiply, load and store; to copy from and to; and in split rows."""
+    """The references of a `tile_scratch`: to multiply, load and store; to copy from and to; in split rows; and
+    of other dtypes."""
     return tuple(scratch)
 
 

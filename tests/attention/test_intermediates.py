@@ -1,5 +1,6 @@
 """alpha and Y in 8 bits: the definition against NumPy, XLA against the definition, errors beside bfloat16's."""
 
+import re
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 from monarch_jax import MonarchKVCache, MonarchSelfAttention, attention_fn, monarch_attention
-from monarch_jax.intermediates import stored
+from monarch_jax.intermediates import rounded_to_e4m3, stored
 from monarchrt.models.attention.notation import parse
 from tests.attention.suite import error, inputs, value_and_grads, with_grads
 
@@ -41,6 +42,23 @@ def monarch(q, k, v, grid, off=None):
     scores -= np.einsum("ackjl->ajck", right * np.log(right))[:, :, None]
     left = softmax(scores.reshape(*scores.shape[:3], -1)).reshape(scores.shape)
     return np.einsum("ajick,ackjd->aijd", left, y).reshape(-1, q.shape[-1]), off
+
+
+def test_rounding_is_that_of_float8():
+    """At every number of the type, halfway between two, and beside that."""
+    numbers = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    numbers = np.unique(numbers[np.isfinite(numbers)])
+    middle = (numbers[1:] + numbers[:-1]) / 2
+    for x in (numbers, middle, np.nextafter(middle, np.float32(-500)), np.nextafter(middle, np.float32(500))):
+        expected = x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        np.testing.assert_array_equal(rounded_to_e4m3(jnp.asarray(x)), expected)
+
+
+def test_no_conversion_rounds():
+    """On GPUs XLA leaves out a conversion to fewer bits and back: alpha and Y were not rounded there."""
+    program = str(jax.make_jaxpr(lambda x: stored(x, "e4m3"))(jnp.ones((3, 8))))
+    assert not re.search("f8_e4m3|bf16", program)
+    assert "reduce_precision" in program
 
 
 def test_the_definition(x64):

@@ -18,7 +18,8 @@ from jax._src.pallas.mosaic_gpu.interpret.jaxpr_interpret import JaxprInterprete
 from jax._src.state import discharge
 from jax._src.state.types import AbstractRef
 
-from monarchrt.pallas_kernels.sm90 import shared
+from monarchrt.pallas_kernels.sm90 import e4m3_cells, shared
+from monarchrt.pallas_kernels.sm90.config import SLAB
 
 
 def _allocate(interpreter, token, value, source):
@@ -149,7 +150,7 @@ def _scratch(shapes, dtype, slab, split=None, also=()):
     del slab
     _scratch.split = split
     found = tuple(plgpu.SMEM(shape, dtype) for shape in shapes)
-    return (found, tuple(plgpu.SMEM(x.shape, x.dtype) for x in also)) if also else found
+    return (found, *(tuple(plgpu.SMEM(shape, x) for shape in shapes) for x in also)) if also else found
 
 
 def _views(scratch):
@@ -185,12 +186,21 @@ def _copy_out(original):
     return copy
 
 
+def _convert(raw, cells, *, depth, dim):
+    """For PTX that turns a tile from 8 bits into 16."""
+    del depth
+    value = raw[...].astype(cells.dtype)
+    for n in range(dim // SLAB):
+        cells[n] = value[:, n * SLAB : (n + 1) * SLAB]
+
+
 @contextlib.contextmanager
 def interpreted(monkeypatch, *, detect_races: bool = False):
     """Inside, Mosaic GPU kernels run in the interpreter; yields a function that says whether a race was seen."""
     monkeypatch.setattr(JaxprInterpreter, "interpret", _interpret(JaxprInterpreter.interpret))
     monkeypatch.setattr(shared, "tile_scratch", _scratch)
     monkeypatch.setattr(shared, "tile_views", _views)
+    monkeypatch.setattr(e4m3_cells, "convert", _convert)
     monkeypatch.setattr(plgpu, "copy_gmem_to_smem", _copy_in(plgpu.copy_gmem_to_smem))
     monkeypatch.setattr(plgpu, "copy_smem_to_gmem", _copy_out(plgpu.copy_smem_to_gmem))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import types
 from typing import Any
 
@@ -196,15 +197,18 @@ def test_clusters_of_8_are_for_calls_without_masks():
     assert ran == [True]
 
 
+KEY = r"b1=(\d+) b2=(\d+) dim=(\d+)((?: few)?(?: e4m3| masked)?)"
+
+
 def test_tuned_files_fit_a_block():
     for path in tuning.FOLDER.glob("*.json"):
         for key, entry in json.loads(path.read_text()).items():
-            rows, cols, dim = (
-                int(x.partition("=")[2]) for x in key.removesuffix(" masked").removesuffix(" few").split()
-            )
-            forward = tuning.changed(forward_config(rows, cols, dim), entry.get("forward", {}))
+            *shape, words = there(re.fullmatch(KEY, key)).groups()
+            rows, cols, dim = map(int, shape)
+            e4m3 = "e4m3" in words
+            forward = tuning.changed(forward_config(rows, cols, dim, e4m3=e4m3), entry.get("forward", {}))
             backward = tuning.changed(backward_config(rows, cols, dim), entry.get("backward", {}))
-            assert forward.right.shared_memory(cols, dim) <= SHARED_MEMORY
+            assert forward.right.shared_memory(cols, dim, width=1 if e4m3 else 2) <= SHARED_MEMORY
             assert forward.left.shared_memory(dim) <= SHARED_MEMORY
             assert not forward.fused.clusters or forward.fused.serves(rows, cols, dim)
             assert forward.fused.shared_memory() <= SHARED_MEMORY
