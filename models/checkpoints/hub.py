@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-NAME = re.compile(r"[\w.-]+/[\w.-]+")
+NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
+FILES = (".bin", ".ckpt", ".gguf", ".mp4", ".pt", ".pth", ".safetensors")  # no repository, if a path ends like this
 
 
 def names_repository(path: str | Path) -> bool:
@@ -13,8 +14,12 @@ def names_repository(path: str | Path) -> bool:
     Examples:
         >>> names_repository("Wan-AI/Wan2.1-T2V-1.3B"), names_repository("/no/such/folder")
         (True, False)
+        >>> names_repository("./self_forcing_dmd.pt"), names_repository("models/self_forcing_dmd.pt")
+        (False, False)
     """
-    return NAME.fullmatch(str(path)) is not None and not Path(path).expanduser().exists()
+    text = str(path)
+    may_be_one = NAME.fullmatch(text) is not None and not text.lower().endswith(FILES)
+    return may_be_one and not Path(path).expanduser().exists()
 
 
 def fetch(name: str, patterns: Iterable[str], *, revision: str | None = None) -> Path:
@@ -51,7 +56,7 @@ def _may_be_a_run(name: str) -> bool:
     """Whether a name is more likely the folder of a run than a repository: its parent exists, or is `runs`.
 
     Examples:
-        >>> _may_be_a_run("runs/few"), _may_be_a_run("./few"), _may_be_a_run("no-such-owner/Wan2.1-T2V-1.3B")
-        (True, True, False)
+        >>> _may_be_a_run("runs/few"), _may_be_a_run("no-such-owner/Wan2.1-T2V-1.3B")
+        (True, False)
     """
-    return name.startswith(("runs/", "./", "../")) or Path(name).parent.is_dir()
+    return name.startswith("runs/") or Path(name).parent.is_dir()

@@ -5,6 +5,7 @@ command does not affect the others.
 """
 
 import contextlib
+import difflib
 import importlib
 import logging
 import os
@@ -36,6 +37,8 @@ def usage() -> str:
             "Tiled Monarch attention for video diffusion transformers, in JAX.",
             "",
             *lines,
+            "",
+            "To begin, run `monarchrt doctor`, or `monarchrt demo`, which needs only a CPU and 10 minutes.",
             "",
             "`monarchrt COMMAND --help` lists a command's options. Bad input ends in one line, `error: ...`, and exit",
             f"code 2; --debug, or {DEBUG_VARIABLE}=1, shows the traceback as well. Compiled programs are kept in",
@@ -102,7 +105,9 @@ def _main(given: list[str]) -> int:
 
 def _answer(given: list[str]) -> int:
     """Handles `--help` and `--version`, or runs a command; returns the exit code."""
-    if not given or given[0] in ("-h", "--help"):
+    if len(given) > 1 and given[0] == "help":
+        given = [given[1], "--help"]
+    if not given or given[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if given else 2
     if given[0] == "--version":
@@ -129,7 +134,9 @@ def _flushed() -> Iterator[None]:
 
 def _run(name: str, arguments: list[str]) -> int:
     if name not in COMMANDS:
-        raise UserError(f"command {name!r} is unknown; choose from {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(f"command {name!r} is unknown{hint}; choose from {', '.join(COMMANDS)}")
     for argument in arguments:
         try:
             argument.encode()

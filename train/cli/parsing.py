@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 import tomllib
 import types
 import typing
@@ -56,7 +57,8 @@ def parse[Config](kind: type[Config], arguments: Sequence[str], *, prefixes: boo
                 raise cause from None
             cause = cause.__context__
         if stop.code:
-            raise UserError(_no_mesh(kind, arguments, options) or _one_line(messages.getvalue())) from None
+            said = _one_line(messages.getvalue())
+            raise UserError(_no_mesh(kind, arguments, options) or _no_option(kind, said) or said) from None
         raise
 
 
@@ -126,6 +128,18 @@ def _no_mesh(kind: type, arguments: Sequence[str], options: dict[str, Any]) -> s
     return f"{command} takes no {option}: it uses one device, also for networks trained on a mesh; leave {option} out"
 
 
+def _no_option(kind: type, said: str) -> str | None:
+    """The message for words that follow no option, such as a prompt without --prompt; None for other messages."""
+    words = re.match(r"Unrecognized options: (?!-)([^;]*)", said)
+    if words is None:
+        return None
+    name = "prompt" if " " in words[1] else "checkpoint"
+    field = typing.get_type_hints(kind, include_extras=True).get(name)
+    known = field is not None and tyro.conf.Suppress not in getattr(field, "__metadata__", ())
+    hint = f", for example --{name} {shlex.quote(words[1])}" if known else ""
+    return f"{words[1]!r} belongs to no option; give the option before it{hint}{said[words.end() :]}"
+
+
 def last_value(arguments: Sequence[str], option: str) -> str | None:
     """The value of the last `--option value` or `--option=value`; None if the option is not given."""
     value = None
@@ -187,6 +201,8 @@ def explain(kind: type) -> None:
             settings: dict[str, Any] = {"help": " ".join(texts[name].split())}
             if name.endswith("_"):  # a keyword of Python
                 settings["name"] = name.rstrip("_")
+            if getattr(kind, name, 0) == ():
+                settings["help_behavior_hint"] = ""  # not "(default: )"
             if getattr(kind, name, 0) is None:
                 settings |= {"help_behavior_hint": "", "metavar": _placeholder(hint)}
             kind.__annotations__[name] = Annotated[hint, tyro.conf.arg(**settings)]
@@ -212,7 +228,16 @@ def _one_line(box: str) -> str:
     if len(kept) > 1 and len(kept[0].split()) <= 2:  # a title, if the terminal's boxes have no corners
         del kept[0]
     text = re.sub(r"\[/?bold\]", "", "; ".join(kept) or " ".join(box.split()))
+    if missing := re.fullmatch(r"Missing from .*?: (.*) \(required\); For full helptext, run: (.*)", text):
+        return f"missing {' and '.join(map(_missing, missing[1].split(' (required) ')))}; see {missing[2]}"
+    text = text.replace("For full helptext, run ", "see ").replace("For full helptext, see ", "see ")
     return _READ.sub(r"\1 cannot be read: \2", text)
+
+
+def _missing(row: str) -> str:
+    """An option that is missing, with its help text in parentheses, from tyro's row of both."""
+    found = re.fullmatch(r"(--\S+(?: [A-Z]{2,}\b)*|[A-Z]{2,}|\{[^}]*\}) (.)(.*?)\.?", row)
+    return row if found is None else f"{found[1]} ({found[2].lower()}{found[3]})"
 
 
 # tyro's list of the types that it tried for an optional value; the last one is that of the value

@@ -30,6 +30,10 @@ monarchrt serve --checkpoint self_forcing_dmd.pt --components Wan-AI/Wan2.1-T2V-
 class VideoOptions(GenerateConfig):
     """The options of generation without those of a single video, such as its prompt, which are hidden."""
 
+    lora: tuple[str, ...] = ()
+    """LoRAs to merge into the network, FILE or FILE:SCALE, such as `style.safetensors:0.8`, in the format of diffusers,
+    ComfyUI or Musubi; or a run folder that trained one."""
+
     prompt: Annotated[str | None, tyro.conf.Suppress] = None
     out: Annotated[Path, tyro.conf.Suppress] = Path("video.mp4")
     overwrite: Annotated[bool, tyro.conf.Suppress] = False

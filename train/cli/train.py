@@ -31,12 +31,13 @@ monarchrt train --config small --video clip.mp4 --folder runs/monarch --init-fro
 
 monarchrt train --folder runs/monarch --resume --steps 400
 
-monarchrt train --config settings.toml --folder runs/third: settings that are not given come from a TOML or JSON file
-with the names of the options, such as steps = 500, or in the form of a run's config.json. `small` is the demo's
-configuration, a network for a CPU; it is the default with --video unless --config, --preset or --overrides describes a
-network
+monarchrt train --config settings.toml --folder runs/third
 
-monarchrt train ... --plan: report the memory and time the run would take, without starting it"""
+monarchrt train ... --plan      report the memory and time the run would take, without starting it
+
+For --config, give a TOML or JSON file with the names of the options, such as steps = 500, or a run's config.json;
+    options on the command line take precedence. `small` is the demo's configuration, a network for a CPU; it is
+    the default with --video unless --config, --preset or --overrides describes a network."""
 _SMALL = Path("small")
 _NETWORK = ("--preset", "--overrides")
 
