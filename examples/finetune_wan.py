@@ -1,10 +1,11 @@
-"""Finetuning Wan 2.1 with Monarch attention in a loop of your own, from a checkpoint to a checkpoint.
+"""Finetunes Wan 2.1 with Monarch attention in a training loop of your own: reads a checkpoint and writes one.
 
-    python examples/finetune_wan.py                                   # a tiny network of random weights, on a CPU
-    python examples/finetune_wan.py Wan2.1-T2V-1.3B wan-monarch       # weights from, and to; latents are made up here
+    python examples/finetune_wan.py                                   # a tiny network with random weights, on a CPU
+    python examples/finetune_wan.py Wan2.1-T2V-1.3B wan-monarch       # reads the first folder, writes the second
 
-`monarchrt train` does the same with data, resume, averages and logs. In the latents' place put those that
-`monarchrt encode` writes: [frames, height, width, 16] and [rows, 4096] of the text, a file per clip.
+The latents and the text are made up here. Replace them by those that `monarchrt encode` writes, one file per clip with
+latents [frames, height, width, 16] and text [rows, 4096]. `monarchrt train` does all this with data loading, resuming,
+a moving average and logs.
 """
 
 import sys
@@ -17,7 +18,7 @@ from flax import nnx
 from monarchrt.models.wan import MonarchAttention, WanModel, wan_config
 from monarchrt.models.wan.checkpoints import load_checkpoint, save_checkpoint
 
-SHIFT = 3.0  # Wan's noise levels lean to the noisy side
+SHIFT = 3.0  # above 1, training sees more high noise levels
 STEPS = 12
 
 
@@ -41,7 +42,7 @@ def train_step(model: WanModel, optimizer: nnx.Optimizer, latents, text, key):
 
 
 def main() -> None:
-    """Trains the network under a new attention, and writes it with its tile."""
+    """Replaces the attention, trains the network, and writes it together with its tile."""
     if len(sys.argv) > 1:
         setting, size = MonarchAttention(tile=(3, 30, 52)), (21, 60, 104)  # 81 frames of 480x832
         model = load_checkpoint(

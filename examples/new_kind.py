@@ -1,9 +1,9 @@
-"""An attention kind of your own, under every part of the project: network, training, checkpoints, causal generation.
+"""An attention kind of your own, which works in every part of the project: training, checkpoints, generation.
 
     python examples/new_kind.py
 
-A kind is a frozen dataclass with a name. Here tokens see their own frame and the frames near it, and a number for each
-head, trained from zero, turns heads up and down.
+A kind is a frozen dataclass with a name. In this one, tokens see their own frame and the frames near it, and the output
+of each head is scaled by a factor that is learned.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from monarchrt.models.wan.causal import cached_forward, init_cache
 
 
 class Gain(nnx.Module):
-    """What a layer of this kind learns."""
+    """The parameters that each layer of this kind has: one number for each head, starting at zero."""
 
     def __init__(self, heads: int, *, rngs: nnx.Rngs):
         self.gain = nnx.Param(jnp.zeros((heads, 1)))
@@ -59,7 +59,7 @@ class NearFrames(base.Attention):
 
 
 def main() -> None:
-    """Trains it for a few steps, and generates a block of frames with the cache."""
+    """Trains a network of this kind for a few steps, then computes a block of frames with a cache."""
     config = wan_config("tiny", num_layers=2, attention=NearFrames(reach=1))
     model = WanModel(config, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)

@@ -3,7 +3,7 @@
     python examples/own_dit.py
 
 The function takes queries, keys and values [batch, tokens, heads, head_dim] whose tokens are ordered by frame, row and
-column, after the rotary embedding, and the grid of those tokens. Nothing else of a model needs to know of it.
+column, after the rotary embedding, and the grid of those tokens. The rest of the model does not change.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ TOKENS = GRID[0] * GRID[1] * GRID[2]
 
 
 def rotary(x, grid):
-    """A 3-D rotary embedding for [B, N, H, D]: a third of the channels turns with each of frame, row and column."""
+    """A 3-D rotary embedding for [B, N, H, D]: a third of the channels each for frame, row and column."""
     positions = jnp.stack(jnp.meshgrid(*map(jnp.arange, grid), indexing="ij"), -1).reshape(-1, 3)  # [N, 3]
     pairs = x.shape[-1] // 2
     axis = jnp.arange(pairs) % 3

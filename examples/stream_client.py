@@ -1,4 +1,4 @@
-"""Watches a video of `monarchrt serve`, changes its prompt every few blocks, and keeps it as an mp4.
+"""A client of `monarchrt serve`: starts a video, changes its prompt every few blocks, and saves it as an mp4.
 
 python examples/stream_client.py http://127.0.0.1:8766/session cat.mp4 "a cat" "a dog"
 """
@@ -10,7 +10,7 @@ import aiohttp
 
 
 async def watch(url, file, prompts, *, blocks=8, **options):
-    """Writes a video to a file while it comes; `options` are more fields of `start`. Returns how it ended."""
+    """Writes a video to a file as it arrives; `options` are more fields of `start`. Returns the last event."""
     async with aiohttp.ClientSession() as http, http.ws_connect(url) as ws:
         await ws.send_json({"type": "start", "prompt": prompts.pop(0), "video": "mp4", **options})
         async for message in ws:

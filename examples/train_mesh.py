@@ -1,4 +1,4 @@
-"""A training loop of your own with Optax under a mesh: the batch split over devices, heads too if there are enough.
+"""A training loop of your own with Optax on several devices: each takes a part of the batch.
 
     python examples/train_mesh.py
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/train_mesh.py     # four devices on one CPU
@@ -60,7 +60,7 @@ def main() -> None:
     for part in (model, optimizer):
         nnx.update(part, jax.device_put(nnx.state(part), replicated))
 
-    smooth = jnp.sin(jnp.arange(4 * 6 * 8)[:, None] / 7 + jnp.arange(WIDTH) / 5)  # every clip is a shift of one wave
+    smooth = jnp.sin(jnp.arange(4 * 6 * 8)[:, None] / 7 + jnp.arange(WIDTH) / 5)  # every clip is this wave, shifted
     for step in range(STEPS):
         key = jax.random.fold_in(jax.random.key(1), step)
         shifts = jax.random.randint(key, (BATCH,), 0, WIDTH)
