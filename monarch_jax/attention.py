@@ -1,6 +1,7 @@
 """The operation: check, choose a backend, tokens -> tiles -> backend -> tokens."""
 
 import dataclasses
+from collections.abc import Mapping, Set
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax.core import Tracer
 from monarch_jax import reference
 from monarch_jax._typing import Array, Float, Int
 from monarch_jax.backends import choose
-from monarch_jax.checks import array, flag, index, positive, softmax_scale
+from monarch_jax.checks import array, brief, flag, index, positive, softmax_scale
 from monarch_jax.contract import Problem
 from monarch_jax.intermediates import check_intermediates
 from monarch_jax.partitioning import split_like, whole_tokens
@@ -141,9 +142,9 @@ def monarch_attention_1d(
     """
     query, key, value = _arrays(query, key, value)
     try:
-        b1, b2 = (positive("block_sizes", n) for n in block_sizes)
+        b1, b2 = () if isinstance(block_sizes, Set | Mapping) else (positive("block_sizes", n) for n in block_sizes)
     except (TypeError, ValueError):
-        raise ValueError(f"block_sizes={block_sizes!r} is not two positive integers (b1, b2).") from None
+        raise ValueError(f"block_sizes={brief(block_sizes)} is not two positive integers (b1, b2).") from None
     for name, x in (("query", query), ("key", key)):
         if x.shape[1] % (b1 * b2) or not x.shape[1]:
             raise ValueError(

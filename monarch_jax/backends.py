@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 
+from monarch_jax.checks import brief, is_one_of
 from monarch_jax.contract import Backend, Problem, Residuals, Vjp, differentiable
 from monarch_jax.devices import cuda_capability, on_cuda
 from monarch_jax.partitioning import forward_anywhere, vjp_anywhere
@@ -87,9 +88,9 @@ _ON_CUDA = frozenset({"mosaic", "triton"})  # chosen automatically only on NVIDI
 
 def check_name(implementation: str | None) -> None:
     """Raises ValueError if it is neither None nor one of `IMPLEMENTATIONS`."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation is not None and not is_one_of(implementation, IMPLEMENTATIONS):
         names = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(f"implementation={implementation!r} is not None or one of {names}.")
+        raise ValueError(f"implementation={brief(implementation)} is not None or one of {names}.")
 
 
 def choose(implementation: str | None, problem: Problem, q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> Backend:

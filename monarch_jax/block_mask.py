@@ -97,8 +97,8 @@ def block_mask(
             array; a query block that sees more then keeps its first ones in the order of `BlockLists`. None: all.
         cut: bool [B, H, Qb, Kb], which pairs of blocks the band may cut through; False asserts that the whole pair is
             in the band or the sink, so that kernels need no predicate. None: any pair may be cut.
-        query_places: int32 [B, H, Nq], positions in the order in which the band is defined.
-        key_places: int32 [B, H, Nk], likewise for keys.
+        query_places: Integers [B, H, Nq], positions from 0 on in the order in which the band is defined.
+        key_places: Integers [B, H, Nk], likewise for keys.
         width: Within listed blocks, keys up to this distance from the query's position are seen. None: all; no band.
         sink: Keys at positions below this one are seen too.
 
@@ -187,17 +187,22 @@ def _starts(name: str, starts: Any, blocks: int, size_name: str, size: int | Non
     size = None if size is None else positive(size_name, size)
     x = _of_kind(name, starts, np.integer, "integers [blocks + 1] or [B, H, blocks + 1]")
     x = x[None, None] if x.ndim == 1 else x
-    if x.ndim != 3 or x.shape[-1] != blocks + 1:
-        raise ValueError(f"{name} has shape {x.shape}; {blocks} blocks have {blocks + 1}.")
+    if x.ndim != 3 or x.shape[-1] != blocks + 1 or 0 in x.shape:
+        raise ValueError(
+            f"{name} has shape {x.shape}; it should be [{blocks + 1}] or [B, H, {blocks + 1}] for {blocks} blocks."
+        )
     if isinstance(x, np.ndarray):
-        lengths = np.diff(x)
-        if (x[..., 0] != 0).any() or (lengths < 0).any() or x.max() > LARGEST:
+        if (x[..., 0] != 0).any() or (x[..., 1:] < x[..., :-1]).any() or x.max() > LARGEST:
             raise ValueError(
                 f"{name} should begin with 0 and not decrease, up to {LARGEST}: {x.ravel()[:4].tolist()} and so on."
             )
-        size = max(1, int(lengths.max()), size or 0)
+        size = max(1, int(np.diff(x).max()), size or 0)
     if size is None:
         raise ValueError(f"{size_name} is required if {name} is a JAX array: the tokens of the largest block.")
+    if blocks * (size + 2) > LARGEST:  # indices of tokens in blocks of this size, and keys to sort blocks by
+        raise ValueError(
+            f"{size_name}={size} is too large for {blocks} blocks; it should be at most {LARGEST // blocks - 2}."
+        )
     return x.astype(np.int32), size
 
 
@@ -224,7 +229,9 @@ def _band(query_places: Any, key_places: Any, width: int | None, sink: int) -> t
         x = _of_kind(name, x, np.integer, "integers [B, H, tokens]")
         if x.ndim != 3:
             raise ValueError(f"{name} has shape {x.shape}; it should be [B, H, tokens], where B and H may be 1.")
-        places.append(x)
+        if isinstance(x, np.ndarray) and ((x < 0) | (x > LARGEST)).any():
+            raise ValueError(f"{name} are from {x.min()} to {x.max()}; they should be from 0 to {LARGEST}.")
+        places.append(x.astype(np.int32))  # unsigned ones could not be subtracted
     return *places, natural("width", width), sink
 
 

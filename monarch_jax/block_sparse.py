@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from monarch_jax import block_sparse_xla
 from monarch_jax._typing import Array, Float
 from monarch_jax.block_mask import BlockLists, BlockMask, apart, block_mask, is_even, kernel_sides
-from monarch_jax.checks import array, brief, softmax_scale
+from monarch_jax.checks import array, brief, is_one_of, softmax_scale
 from monarch_jax.contract import SAVED, Side, SparseProblem, SparseResiduals, vary_alike
 from monarch_jax.devices import on_cuda
 from monarch_jax.partitioning import anywhere, left_to_the_compiler
@@ -165,8 +165,8 @@ def choose(implementation: str | None, query: Any, key: Any, mask: BlockMask | N
         ValueError: If the name is unknown.
         NotImplementedError: If the named one does not support the call; the message says why.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is not None or one of {', '.join(IMPLEMENTATIONS)}.")
+    if implementation is not None and not is_one_of(implementation, IMPLEMENTATIONS):
+        raise ValueError(f"implementation={brief(implementation)} is not None or one of {', '.join(IMPLEMENTATIONS)}.")
     query, key = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
     problem = None if mask is None else _problem(mask)
     if implementation is None:
@@ -209,9 +209,10 @@ def _check(query: Array, key: Array, value: Array, mask: BlockMask) -> None:
         if x.shape != (batch, key.shape[1], heads, dim):
             raise ValueError(f"{name} has shape {x.shape}; with query {query.shape} it should be [B, Nk, H, D].")
     for name, x, tokens in (("query_starts", mask.query_starts, query), ("key_starts", mask.key_starts, key)):
-        ends = x[..., -1] if isinstance(x, np.ndarray) else tokens.shape[1]
-        if np.any(ends > tokens.shape[1]) or (name == "query_starts" and np.any(ends != tokens.shape[1])):
-            raise ValueError(f"the mask's {name} end with {np.max(ends)}; there are {tokens.shape[1]} tokens.")
+        ends = x[..., -1] if isinstance(x, np.ndarray) else np.asarray(tokens.shape[1])
+        wrong = ends[(ends > tokens.shape[1]) | ((name == "query_starts") & (ends != tokens.shape[1]))]
+        if wrong.size:
+            raise ValueError(f"the mask's {name} end with {wrong[0]}; there are {tokens.shape[1]} tokens.")
     for name, x, size in (
         ("query_starts", mask.query_starts, mask.rows),
         ("key_starts", mask.key_starts, mask.columns),

@@ -3,7 +3,7 @@
 import difflib
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +197,7 @@ def array(name: str, value: object) -> jax.Array:
     Raises:
         ValueError: If it is neither a JAX nor a NumPy array, or its dtype is not a float.
     """
-    if not isinstance(value, jax.Array | np.ndarray):
+    if not isinstance(value, jax.Array | np.ndarray) or isinstance(value, np.ma.MaskedArray):
         raise ValueError(f"{name} is a {type(value).__name__}; it should be an array of JAX or NumPy.")
     if value.dtype.name not in FLOATS:
         raise ValueError(f"{name} has dtype {value.dtype.name}; it should be one of {', '.join(FLOATS)}.")
@@ -283,7 +283,7 @@ def triple(name: str, value: Iterable[int], form: str) -> tuple[int, int, int]:
         ValueError: If there are not exactly three, or one is not a positive integer.
     """
     try:
-        sizes = tuple(value)
+        sizes = () if isinstance(value, Set | Mapping) else tuple(value)  # a set has no order
     except TypeError:
         sizes = ()
     if len(sizes) != 3:
@@ -312,9 +312,19 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
         ValueError: If it is none of them; the message suggests the closest.
     """
     choices = tuple(choices)
-    if value not in choices:
+    if not is_one_of(value, choices):
         raise ValueError(f"{name}={brief(value)} is unknown; {suggestion(value, choices)}")
     return value
+
+
+def is_one_of(value: object, choices: Iterable[str]) -> bool:
+    """Whether a value of any type is one of the names.
+
+    Examples:
+        >>> is_one_of("xla", ("triton", "xla")), is_one_of(np.array(["xla", "triton"]), ("triton", "xla"))
+        (True, False)
+    """
+    return isinstance(value, str) and value in tuple(choices)
 
 
 def suggestion(value: object, choices: Iterable[str]) -> str:

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from monarch_jax._typing import Array, Float
-from monarch_jax.checks import brief
+from monarch_jax.checks import brief, is_one_of
 
 INTERMEDIATES = ("e4m3",)
 LARGEST = 448.0  # largest finite float8_e4m3fn
+LEAST = 1e-30  # largest magnitudes below count as this one, whose 448th is a normal float32
 SMALLEST_NORMAL, SUBNORMALS = 2.0**-6, 2**9  # below the first, float8_e4m3fn is a multiple of one over the second
 BFLOAT16 = (8, 7)  # bits of exponent and mantissa
 
@@ -28,7 +29,7 @@ def check_intermediates(intermediates: str | None) -> None:
         ...
         ValueError: intermediates='fp8' is not None (alpha and Y in the inputs' dtype) or 'e4m3'.
     """
-    if intermediates is not None and intermediates not in INTERMEDIATES:
+    if intermediates is not None and not is_one_of(intermediates, INTERMEDIATES):
         names = ", ".join(map(repr, INTERMEDIATES))
         raise ValueError(
             f"intermediates={brief(intermediates)} is not None (alpha and Y in the inputs' dtype) or {names}."
@@ -54,9 +55,9 @@ def stored(x: Float[Array, "*batch D"], intermediates: str | None) -> Float[Arra
 
 @jax.custom_jvp
 def _e4m3(x: jax.Array) -> jax.Array:
-    top = lax.reduce_precision(jnp.abs(x).max(-1, keepdims=True), *BFLOAT16)
-    scale = jnp.where(top == 0, 1, top / LARGEST)
-    return rounded_to_e4m3(x / scale) * scale
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scale = lax.reduce_precision(jnp.maximum(jnp.abs(wide).max(-1, keepdims=True), LEAST), *BFLOAT16) / LARGEST
+    return (rounded_to_e4m3(wide / scale) * scale).astype(x.dtype)
 
 
 def rounded_to_e4m3(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

@@ -86,6 +86,15 @@ def test_the_largest_entry_is_as_exact_as_in_bfloat16_and_zeros_stay():
     np.testing.assert_allclose(found[2], x[2], rtol=0.07)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_vectors_whose_scale_would_be_no_normal_number(dtype):
+    """They were NaN: a 448th of a small number is 0 where subnormal numbers are."""
+    small = jnp.asarray(np.array([[1e-35], [1e-37], [3e-39], [6e-8]]) * [1.0, -0.5], dtype)
+    found = np.asarray(jax.jit(lambda x: stored(x, "e4m3"))(small), np.float64)
+    np.testing.assert_allclose(found[:3], 0, atol=1e-34)
+    np.testing.assert_allclose(found[3], np.asarray(small[3], np.float64), rtol=0.07, atol=4e-8)
+
+
 @pytest.mark.parametrize("options", [dict(), pytest.param(dict(num_iters=2, causal_block=2), marks=pytest.mark.slow)])
 def test_xla_computes_the_same(options):
     grid = (4, 3, 5)

@@ -57,6 +57,12 @@ GRID = (4, 6, 8)
         (dict(kv_frames=jnp.int32(0)), r"kv_frames=0 is not a multiple of the tile's 1 frames from 1 to 4"),
         (dict(kv_frames=2, causal_block=2), r"causal_block=2: the queries are the last 4 frames .* which have 2"),
         (dict(implementation=["xla"]), r"implementation=\['xla'\] is not None or one of"),
+        (dict(implementation=np.array(["xla", "triton"])), r"implementation=array.* is not None or one of"),
+        (dict(implementation="x" * 5000), r"implementation='x{1,80}\.\.\. is not None or one of"),
+        (dict(blocks=np.array(["fh,w", "w,fh"])), r"blocks=array.* is unknown; Choices: 'fh,w'"),
+        (dict(intermediates=np.array(["e4m3", "e4m3"])), r"intermediates=array.* is not None"),
+        (dict(tile={1, 6, 8}), r"tile={.*} is not three integers \(n_f, n_h, n_w\)"),
+        (dict(tile={1: 6, 6: 6, 8: 6}), r"tile={.*} is not three integers \(n_f, n_h, n_w\)"),
         (dict(kv_frames=5), r"kv_frames=5 is not a multiple of the tile's 1 frames from 1 to 4"),
         (dict(kv_frames=3, tile=(2, 6, 8)), r"kv_frames=3 is not a multiple of the tile's 2 frames from 2 to 4"),
     ],
@@ -78,6 +84,7 @@ def test_bad_arrays(unchecked):
         (tuple(x.astype(jnp.int32) for x in (q, k, v)), r"query has dtype int32; it should be one of bfloat16"),
         ((q[:0], k[:0], v[:0]), r"query has shape \(0, 192, 2, 16\); it should be \[batch"),
         ((q.tolist(), k, v), r"query is a list; it should be an array of JAX or NumPy"),
+        ((q, np.ma.masked_array(k), v), r"key is a MaskedArray; it should be an array of JAX or NumPy"),
         ((q, k, v.tolist()), r"value is a list; it should be an array of JAX or NumPy"),
         ((q, jax.ShapeDtypeStruct(k.shape, k.dtype), v), r"key is a ShapeDtypeStruct; it should be an array of JAX"),
         ((q, types.SimpleNamespace(ndim=4), v), r"key is a SimpleNamespace; it should be an array of JAX"),
@@ -95,6 +102,8 @@ def test_bad_block_sizes(unchecked):
         monarch_attention_1d(q, k, v, block_sizes=(5, 4))
     with pytest.raises(ValueError, match=r"block_sizes=\(0, 4\) is not two positive integers"):
         monarch_attention_1d(q, k, v, block_sizes=(0, 4))
+    with pytest.raises(ValueError, match=r"block_sizes={.*} is not two positive integers"):
+        monarch_attention_1d(q, k, v, block_sizes={4, 6})
     with pytest.raises(ValueError, match=r"block_sizes=6 is not two positive integers"):
         monarch_attention_1d(q, k, v, block_sizes=untyped(6))
     with pytest.raises(ValueError, match=r"query has shape \(24, 1, 16\); it should be \[batch"):

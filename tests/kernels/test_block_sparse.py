@@ -120,7 +120,7 @@ class TestDefinition:
         [
             (dict(query_starts=[1, 2, 4]), "query_starts should begin with 0"),
             (dict(key_starts=[0, 5, 4]), "key_starts should begin with 0 and not decrease"),
-            (dict(key_starts=[0, 4]), "2 blocks have 3"),
+            (dict(key_starts=[0, 4]), r"key_starts has shape \(1, 1, 2\); it should be \[3\] or \[B, H, 3\] for 2"),
             (dict(seen=np.ones((1, 1, 2, 2))), "it should be bool"),
             (dict(width=3), "make up a band"),
             (dict(most=1), "a block of queries sees 2"),
@@ -144,6 +144,11 @@ class TestDefinition:
             (BAND | dict(cut=np.ones((1, 1, 2, 1), bool)), r"cut has shape \(1, 1, 2, 1\); seen has"),
             (dict(cut=np.ones((1, 1, 2, 2), bool)), "cut says where a band may cut"),
             (dict(seen=np.ones((1, 2, 2, 2), bool), key_starts=np.zeros((1, 3, 3), int)), "several numbers of heads"),
+            (dict(key_starts=np.array([0, 4, 2], np.uint8)), "key_starts should begin with 0 and not decrease"),
+            (dict(query_starts=np.zeros((0, 1, 3), int)), r"query_starts has shape \(0, 1, 3\); it should be \[3\] or"),
+            (dict(rows=2**31 - 1), "rows=2147483647 is too large for 2 blocks; it should be at most 1073741821"),
+            (BAND | dict(query_places=np.full((1, 1, 4), -1)), "query_places are from -1 to -1; they should be from 0"),
+            (BAND | dict(key_places=np.full((1, 1, 4), 2**31)), "key_places are from 2147483648 to 2147483648; they"),
         ],
     )
     def test_what_is_wrong_with_a_mask(self, unchecked, changes, word):
@@ -190,6 +195,28 @@ class TestDefinition:
         for x, y in zip(found, run(q, k, v), strict=True):
             np.testing.assert_array_equal(x, y)
 
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.uint64, np.int8])
+    @pytest.mark.parametrize("traced", [False, True])
+    def test_places_of_any_integer_dtype(self, unchecked, dtype, traced):
+        """A difference of two unsigned places below 0 was a large one."""
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 1, 8)), jnp.float32)
+
+        @jax.jit
+        def run(places, other):
+            places = places if traced else np.array([[[0, 1, 2, 3]]], dtype)
+            mask = block_mask(
+                np.ones((1, 1, 1, 1), bool),
+                query_starts=[0, 4],
+                key_starts=[0, 4],
+                width=1,
+                query_places=places,
+                key_places=other,
+            )
+            return block_sparse_attention(x, x, x, mask, implementation="xla")
+
+        places = np.arange(4, dtype=np.int32)[None, None]
+        np.testing.assert_array_equal(run(places.astype(dtype), places.astype(dtype)), run(places, places))
+
     def test_what_is_wrong_with_a_call(self, unchecked):
         mask = block_mask(np.ones((1, 3, 1, 1), bool), query_starts=[0, 4], key_starts=[0, 4])
         x, y = jnp.zeros((1, 4, 3, 8)), jnp.zeros((1, 4, 2, 8))
@@ -207,10 +234,16 @@ class TestDefinition:
             ((x, x, x), dict(scale=1e38), r"scale=1e\+38 is too large for a softmax in float32"),
             ((x, x, x), dict(scale=10**400), r"scale=1000.* is too large for a softmax in float32"),
             ((x, x, x), dict(implementation="pallas"), "is not None or one of mosaic, triton, xla"),
+            ((x, x, x), dict(implementation=np.array(["xla", "triton"])), "implementation=array.* is not None or one"),
         )
         for arrays, options, word in calls:
             with pytest.raises(ValueError, match=word):
                 block_sparse_attention(arrays[0], arrays[1], arrays[2], mask, **options)
+        one_short = block_mask(
+            np.ones((1, 3, 1, 1), bool), query_starts=np.array([[[0, 4], [0, 2], [0, 4]]]), key_starts=[0, 4]
+        )
+        with pytest.raises(ValueError, match="query_starts end with 2; there are 4"):
+            block_sparse_attention(x, x, x, one_short)
         with pytest.raises(ValueError, match="mask is a ndarray; it should be a BlockMask"):
             block_sparse_attention(x, x, x, np.ones((4, 4), bool))  # pyright: ignore[reportArgumentType]
 
