@@ -229,16 +229,16 @@ def _notes(
     notes = [f"sampler {config.sampler}: {table.steps} steps{listed}, shift {settings.shift:g}{said}, {guidance}{grid}"]
     if config.sampler == "few-step" and defaults.distilled is False:
         notes.append(
-            "note: nothing indicates that this checkpoint is distilled; with few steps, one that is not gives a blur; "
-            "use the sampler unipc or euler"
+            "note: this checkpoint does not seem to be distilled, and few steps then give blurred videos; use the "
+            "sampler unipc or euler"
         )
     if config.mode == "autoregressive" and defaults.causal is False:
         mode, suits = "bidirectional", "whole clips suit"
         if defaults.mode == "windows":  # a whole clip may be longer than those it was trained on
             mode, suits = "windows", "windows that continue each other suit"
         notes.append(
-            f"note: nothing indicates that this checkpoint was trained block by block, and one that was not drifts; "
-            f"{suits} it: monarchrt generate --mode {mode}"
+            f"note: this checkpoint does not seem to be trained block by block, and its videos may then drift; {suits} "
+            f"it: monarchrt generate --mode {mode}"
         )
     return (*notes, *_differences(settings, defaults, model))
 

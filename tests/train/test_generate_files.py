@@ -189,7 +189,7 @@ def test_sampling_that_does_not_suit_the_checkpoint_is_said(baseline, tmp_path, 
     assert generate("--checkpoint", baseline, *QUICK[:4], "--zoom", "1", *few) == 0
     said = capsys.readouterr().err
     assert "sampler few-step: 2 steps (1000 500), shift" in said
-    assert "note: nothing indicates that this checkpoint is distilled" in said
+    assert "note: this checkpoint does not seem to be distilled" in said
 
 
 def test_one_call_loads_what_generation_needs(baseline):

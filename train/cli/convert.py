@@ -52,6 +52,11 @@ def convert_command(arguments: Sequence[str]) -> int:
             written = options.run(progress, adapt=lambda source: with_loras(source, loras))
     if options.to == "torch":
         say(f"note: {written} holds no settings; give attention, blocks, shift and steps when using it")
+    if run is not None and not run.lora and run.data.precomputed is None:
+        say(
+            f"note: {options.src} was trained on pixels, so no VAE can decode what {written} generates; give the run "
+            f"folder itself to generate, serve and evaluate"
+        )
     print(written)
     return 0
 
