@@ -182,6 +182,98 @@ def add_rows(
 
 
 @kernel
+def store_gradients(
+    mid: tl.tensor, stats: tl.tensor, n: tl.tensor, end: tl.tensor, d: tl.tensor, d_alpha: tl.tensor, d_cl: tl.tensor,
+    e: tl.tensor, D: tl.constexpr, SIZE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Writes the gradients of key rows n below `end` in place of alpha, c_L and f."""
+    store_rows(mid, n * (2 * D), n < end, d, d_alpha, D)
+    tl.store(stats + SIZE + n, d_cl, mask=n < end)
+    tl.store(stats + 2 * SIZE + n, e, mask=n < end)
+
+
+@kernel
+def through_rows(
+    q: tl.tensor, lse: tl.tensor, mid: tl.tensor, stats: tl.tensor, further_mid: tl.tensor, further_stats: tl.tensor,
+    dq_left: tl.tensor, delta: tl.tensor, query: tl.tensor, place: tl.tensor, end: tl.tensor, scale: tl.tensor,
+    B1: tl.constexpr, B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, I: tl.constexpr,
+    I2: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr, FUSED: tl.constexpr, APART: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """dq_left and `delta` of a block of rows; with FUSED, these are all rows, also what `through_keys` computes."""
+    d = tl.arange(0, DP)
+    i = tl.program_id(1) * I + tl.arange(0, I)
+    q_i, lse_i = query_rows(q, lse, query, place, i, d, B1, B2, H, D)
+    dq_i = tl.zeros([I, DP], tl.float32)
+    less_i = tl.zeros([I], tl.float32)
+    if I2:
+        i_1 = I + tl.arange(0, I2)
+        q_1, lse_1 = query_rows(q, lse, query, place, i_1, d, B1, B2, H, D)
+        dq_1 = tl.zeros([I2, DP], tl.float32)
+        less_1 = tl.zeros([I2], tl.float32)
+        nothing = tl.full([N, DP], scale * 0.0, tl.float32)
+    for start in tl.range(0, end, N, num_stages=STAGES):
+        alpha, c_l, factor, du, product = load_further(
+            mid, stats, further_mid, further_stats, start + tl.arange(0, N), end, d, D, SIZE
+        )  # fmt: skip
+        dq_i, less_i = direct_sums(q_i, lse_i, alpha, c_l, factor, du, product, dq_i, less_i, scale, PRECISION)
+        if I2:
+            dq_1, less_1 = direct_sums(q_1, lse_1, alpha, c_l, factor, du, product, dq_1, less_1, scale, PRECISION)
+    delta_i = tl.sum(dq_i * q_i.to(tl.float32), 1) - less_i
+    tl.store(delta + place + i * (B2 * H), delta_i, mask=i < B1)
+    if I2:
+        delta_1 = tl.sum(dq_1 * q_1.to(tl.float32), 1) - less_1
+        tl.store(delta + place + i_1 * (B2 * H), delta_1, mask=i_1 < B1)
+    blocks = (end + N - 1) // N
+    for block in tl.range(0, blocks, num_stages=STAGES):  # the last first: they are in the cache still
+        n = (blocks - 1 - block) * N + tl.arange(0, N)
+        alpha, c_l, factor, du, product = load_further(mid, stats, further_mid, further_stats, n, end, d, D, SIZE)
+        low, d_cl, e = score_gradients(q_i, lse_i, delta_i, alpha, c_l, factor, du, product, scale, PRECISION)
+        dq_i = tl.dot(low, alpha, dq_i, input_precision=PRECISION)
+        if FUSED:
+            d_alpha = tl.dot(low.T, q_i, input_precision=PRECISION)
+            if I2:
+                low_1, d_cl_1, e_1 = score_gradients(
+                    q_1, lse_1, delta_1, alpha, c_l, factor, du, product, scale, PRECISION
+                )  # fmt: skip
+                dq_1 = tl.dot(low_1, alpha, dq_1, input_precision=PRECISION)
+                d_alpha = add_dot(low_1.T, q_1, d_alpha, nothing, APART, PRECISION)
+                d_cl += d_cl_1
+                e += e_1
+            store_gradients(mid, stats, n, end, d, d_alpha, d_cl, e, D, SIZE)
+    add_rows(dq_left, dq_i, i, d, B1, D)
+    if I2:
+        add_rows(dq_left, dq_1, i_1, d, B1, D)
+
+
+@kernel
+def through_keys(
+    q: tl.tensor, lse: tl.tensor, mid: tl.tensor, stats: tl.tensor, further_mid: tl.tensor, further_stats: tl.tensor,
+    delta: tl.tensor, query: tl.tensor, place: tl.tensor, end: tl.tensor, scale: tl.tensor, B1: tl.constexpr,
+    B2: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, I: tl.constexpr, N: tl.constexpr,
+    SIZE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """d_alpha, d_cl and e of all key rows, summed over all rows of the query column; `delta` is known."""
+    d = tl.arange(0, DP)
+    blocks = (end + N - 1) // N
+    for block in tl.range(0, blocks, num_stages=STAGES):  # the last first: they are in the cache still
+        n = (blocks - 1 - block) * N + tl.arange(0, N)
+        alpha, c_l, factor, du, product = load_further(mid, stats, further_mid, further_stats, n, end, d, D, SIZE)
+        d_alpha = tl.zeros([N, DP], tl.float32)
+        d_cl = tl.zeros([N], tl.float32)
+        e = tl.zeros([N], tl.float32)
+        for part in range((B1 + I - 1) // I):
+            i = part * I + tl.arange(0, I)
+            q_i, lse_i = query_rows(q, lse, query, place, i, d, B1, B2, H, D)
+            delta_i = tl.load(delta + place + i * (B2 * H), mask=i < B1, other=0.0)
+            low, d_cl_i, e_i = score_gradients(q_i, lse_i, delta_i, alpha, c_l, factor, du, product, scale, PRECISION)
+            d_alpha = tl.dot(low.T, q_i, d_alpha, input_precision=PRECISION)
+            d_cl += d_cl_i
+            e += e_i
+        store_gradients(mid, stats, n, end, d, d_alpha, d_cl, e, D, SIZE)
+
+
+@kernel
 def left_refine_backward(
     step: tl.tensor, visible: tl.tensor, q: tl.tensor, lse: tl.tensor, mid: tl.tensor, stats: tl.tensor,
     further_mid: tl.tensor, further_stats: tl.tensor, dq_left: tl.tensor, delta: tl.tensor, scale: tl.tensor,
@@ -207,7 +299,6 @@ def left_refine_backward(
     CK: tl.constexpr = C * B1
     SIZE: tl.constexpr = ZC * R * CK
     if (zh < Z) & (a < A):
-        d = tl.arange(0, DP)
         query = tile_offset(b, a, h, A, B1, B2, H, D) + j * (H * D)
         place = (b * A + a).to(tl.int64) * (B1 * B2 * H) + j * H + h  # of [b, a, 0, j, h] in lse and delta
         row = (z.to(tl.int64) * R + r) * CK
@@ -217,76 +308,13 @@ def left_refine_backward(
         further_stats += row
         dq_left += (z.to(tl.int64) * R + r) * (B1 * D)
         end = tl.load(visible + a) * B1
-        i = tl.program_id(1) * I + tl.arange(0, I)
-        q_i, lse_i = query_rows(q, lse, query, place, i, d, B1, B2, H, D)
-        dq_i = tl.zeros([I, DP], tl.float32)
-        delta_i = tl.zeros([I], tl.float32)
-        if I2:
-            i_1 = I + tl.arange(0, I2)
-            q_1, lse_1 = query_rows(q, lse, query, place, i_1, d, B1, B2, H, D)
-            dq_1 = tl.zeros([I2, DP], tl.float32)
-            delta_1 = tl.zeros([I2], tl.float32)
-            nothing = tl.full([N, DP], scale * 0.0, tl.float32)
         if FUSED | QUERY:
-            less_i = tl.zeros([I], tl.float32)
-            if I2:
-                less_1 = tl.zeros([I2], tl.float32)
-            for start in tl.range(0, end, N, num_stages=STAGES):
-                alpha, c_l, factor, du, product = load_further(
-                    mid, stats, further_mid, further_stats, start + tl.arange(0, N), end, d, D, SIZE
-                )  # fmt: skip
-                dq_i, less_i = direct_sums(
-                    q_i, lse_i, alpha, c_l, factor, du, product, dq_i, less_i, scale, PRECISION
-                )  # fmt: skip
-                if I2:
-                    dq_1, less_1 = direct_sums(
-                        q_1, lse_1, alpha, c_l, factor, du, product, dq_1, less_1, scale, PRECISION
-                    )  # fmt: skip
-            delta_i = tl.sum(dq_i * q_i.to(tl.float32), 1) - less_i
-            tl.store(delta + place + i * (B2 * H), delta_i, mask=i < B1)
-            if I2:
-                delta_1 = tl.sum(dq_1 * q_1.to(tl.float32), 1) - less_1
-                tl.store(delta + place + i_1 * (B2 * H), delta_1, mask=i_1 < B1)
-        blocks = (end + N - 1) // N
-        for block in tl.range(0, blocks, num_stages=STAGES):  # the last first: they are in the cache still
-            n = (blocks - 1 - block) * N + tl.arange(0, N)
-            alpha, c_l, factor, du, product = load_further(
-                mid, stats, further_mid, further_stats, n, end, d, D, SIZE
+            through_rows(
+                q, lse, mid, stats, further_mid, further_stats, dq_left, delta, query, place, end, scale,
+                B1, B2, H, D, DP, I, I2, N, SIZE, FUSED, APART, PRECISION, STAGES,
             )  # fmt: skip
-            if FUSED | QUERY:
-                low, d_cl, e = score_gradients(
-                    q_i, lse_i, delta_i, alpha, c_l, factor, du, product, scale, PRECISION
-                )  # fmt: skip
-                dq_i = tl.dot(low, alpha, dq_i, input_precision=PRECISION)
-                if FUSED:
-                    d_alpha = tl.dot(low.T, q_i, input_precision=PRECISION)
-                if I2:
-                    low_1, d_cl_1, e_1 = score_gradients(
-                        q_1, lse_1, delta_1, alpha, c_l, factor, du, product, scale, PRECISION
-                    )  # fmt: skip
-                    dq_1 = tl.dot(low_1, alpha, dq_1, input_precision=PRECISION)
-                    d_alpha = add_dot(low_1.T, q_1, d_alpha, nothing, APART, PRECISION)
-                    d_cl += d_cl_1
-                    e += e_1
-            else:
-                d_alpha = tl.zeros([N, DP], tl.float32)
-                d_cl = tl.zeros([N], tl.float32)
-                e = tl.zeros([N], tl.float32)
-                for part in range((B1 + I - 1) // I):
-                    i_n = part * I + tl.arange(0, I)
-                    q_n, lse_n = query_rows(q, lse, query, place, i_n, d, B1, B2, H, D)
-                    delta_n = tl.load(delta + place + i_n * (B2 * H), mask=i_n < B1, other=0.0)
-                    low, d_cl_n, e_n = score_gradients(
-                        q_n, lse_n, delta_n, alpha, c_l, factor, du, product, scale, PRECISION
-                    )  # fmt: skip
-                    d_alpha = tl.dot(low.T, q_n, d_alpha, input_precision=PRECISION)
-                    d_cl += d_cl_n
-                    e += e_n
-            if FUSED | (not QUERY):
-                store_rows(mid, n * (2 * D), n < end, d, d_alpha, D)
-                tl.store(stats + SIZE + n, d_cl, mask=n < end)
-                tl.store(stats + 2 * SIZE + n, e, mask=n < end)
-        if FUSED | QUERY:
-            add_rows(dq_left, dq_i, i, d, B1, D)
-            if I2:
-                add_rows(dq_left, dq_1, i_1, d, B1, D)
+        else:
+            through_keys(
+                q, lse, mid, stats, further_mid, further_stats, delta, query, place, end, scale,
+                B1, B2, H, D, DP, I, N, SIZE, PRECISION, STAGES,
+            )  # fmt: skip

@@ -159,6 +159,26 @@ def softmax_step(
 
 
 @kernel
+def packed_steps(
+    q_r: tl.tensor, k: tl.tensor, v: tl.tensor, first: tl.tensor, last: tl.tensor, few: tl.tensor, c: tl.tensor,
+    d: tl.tensor, top: tl.tensor, total: tl.tensor, out: tl.tensor, factor: tl.tensor, SIZE: tl.constexpr,
+    ROW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr, LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """`softmax_step` over all blocks with fewer keys, which the lists begin with here, several in each step."""
+    EACH: tl.constexpr = N // PACKED
+    n_parts = tl.load(few)
+    for level in tl.static_range(1, LEVELS):
+        n_parts += tl.load(few + level)
+    column, live_c = packed_columns(first, last, 0, c, few, LEVELS, PACKED)
+    for n in tl.range(0, (n_parts + EACH - 1) // EACH, num_stages=min(STAGES, 2)):  # places take memory too
+        x, v_c = packed_block(q_r, k, v, column, live_c, d, SIZE, ROW, D, DP, PRECISION)
+        top, total, out = softmax_step(x, v_c, top, total, out, factor, PRECISION)
+        column, live_c = packed_columns(first, last, n + 1, c, few, LEVELS, PACKED)
+    return top, total, out
+
+
+@kernel
 def sparse_forward(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, starts: tl.tensor, first: tl.tensor, last: tl.tensor, whole: tl.tensor,
     count: tl.tensor, few: tl.tensor, places: tl.tensor, key_places: tl.tensor, out: tl.tensor, lse: tl.tensor,
@@ -199,18 +219,10 @@ def sparse_forward(
         at = following(first, n, n_all, SLICES)
     if PACKED:
         LEVELS: tl.constexpr = (COLUMNS + PACKED - 1) // PACKED
-        EACH: tl.constexpr = N // PACKED
-        few += (bh * BLOCKS + block) * LEVELS
-        first += n_whole // SLICES
-        last += n_whole // SLICES
-        n_parts = tl.load(few)
-        for level in tl.static_range(1, LEVELS):
-            n_parts += tl.load(few + level)
-        column, live_c = packed_columns(first, last, 0, c, few, LEVELS, PACKED)
-        for n in tl.range(0, (n_parts + EACH - 1) // EACH, num_stages=min(STAGES, 2)):  # places take memory too
-            x, v_c = packed_block(q_r, k, v, column, live_c, d, SIZE, H * D, D, DP, PRECISION)
-            top, total, o_r = softmax_step(x, v_c, top, total, o_r, factor, PRECISION)
-            column, live_c = packed_columns(first, last, n + 1, c, few, LEVELS, PACKED)
+        top, total, o_r = packed_steps(
+            q_r, k, v, first + n_whole // SLICES, last + n_whole // SLICES, few + (bh * BLOCKS + block) * LEVELS, c, d,
+            top, total, o_r, factor, SIZE, H * D, D, DP, N, PACKED, LEVELS, PRECISION, STAGES,
+        )  # fmt: skip
     elif not EVEN:
         for n in tl.range(n_whole, n_all, num_stages=STAGES):
             x, _, v_c = cut_block(
@@ -322,13 +334,35 @@ def key_step(
 
 
 @kernel
+def key_scores(
+    q: tl.tensor, d_out: tl.tensor, lse: tl.tensor, query_places: tl.tensor, k_c: tl.tensor, place: tl.tensor,
+    r: tl.tensor, live_r: tl.tensor, d: tl.tensor, SIZE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, FULL: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Scores [N, M] of keys with queries r, keys first; these queries, dO and log-sum-exp, infinite where not live."""
+    q_r = load_block(q, r, live_r, d, SIZE, ROW, D, DP, FULL)
+    g_r = load_block(d_out, r, live_r, d, SIZE, ROW, D, DP, FULL)
+    lse_r = tl.load(lse + r, mask=live_r, other=INFINITY)
+    x = tl.dot(k_c, q_r.T, input_precision=PRECISION)
+    if BAND:
+        query_place = tl.load(query_places + r, mask=live_r, other=0)
+        x = tl.where(near(query_place[None, :], place[:, None], WIDTH, SINK), x, LOWEST)
+    return x, q_r, g_r, lse_r
+
+
+@kernel
 def keep_scores(
-    d_scores: tl.tensor, slot: tl.tensor, d_x: tl.tensor, c: tl.tensor, m: tl.tensor, live_c: tl.tensor,
-    WIDE: tl.constexpr, TALL: tl.constexpr,
-) -> None:  # fmt: skip
-    """Writes scores' gradients [N, M] into the slot [WIDE, TALL] of their pair of blocks, if it has one."""
+    d_scores: tl.tensor, slots: tl.tensor, slot: tl.tensor, d_x: tl.tensor, c: tl.tensor, m: tl.tensor,
+    live_c: tl.tensor, n: tl.tensor, n_all: tl.tensor, SLICES: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Writes scores' gradients [N, M] into the slot [WIDE, TALL] of their pair of blocks, if it has one.
+
+    Returns the slot of the step after n.
+    """
     at = d_scores + slot.to(tl.int64) * (WIDE * TALL)
     tl.store(at + c[:, None] * TALL + m[None, :], d_x, mask=live_c[:, None] & (slot >= 0), cache_modifier=".cs")
+    return following(slots, n, n_all, SLICES)
 
 
 @kernel
@@ -358,6 +392,7 @@ def through_keys(
     delta += bh * NQ
     k_c = load_block(k, c, live_c, d, BATCH * NK * H * D, H * D, D, DP, False)
     v_c = load_block(v, c, live_c, d, BATCH * NK * H * D, H * D, D, DP, False)
+    place = c
     if BAND:
         place = tl.load(places + bh * NK + c, mask=live_c, other=0)
         query_places += bh * NQ
@@ -380,31 +415,26 @@ def through_keys(
         inside = (n % SLICES) * M + m
         r = at + inside
         live_r = inside < ROWS
-        q_r = load_block(q, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, ROWS % M == 0)
-        g_r = load_block(d_out, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, ROWS % M == 0)
-        lse_r = tl.load(lse + r, mask=live_r, other=INFINITY)
-        x = tl.dot(k_c, q_r.T, input_precision=PRECISION)
+        x, q_r, g_r, lse_r = key_scores(
+            q, d_out, lse, query_places, k_c, place, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, ROWS % M == 0,
+            False, WIDTH, SINK, PRECISION,
+        )  # fmt: skip
         dk_c, dv_c, d_x = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta + r, live_r, factor, PRECISION, EARLY)
         if KEEP:
-            keep_scores(d_scores, slot, d_x, at_c, inside, live_c, WIDE, TALL)
-            slot = following(slots, n, n_all, SLICES)
+            slot = keep_scores(d_scores, slots, slot, d_x, at_c, inside, live_c, n, n_all, SLICES, WIDE, TALL)
         at = following(first, n, n_all, SLICES)
     if not EVEN:
         for n in tl.range(n_whole, n_all, num_stages=STAGES):
             inside = (n % SLICES) * M + m
             r = at + inside
             live_r = r < tl.load(last + n // SLICES)
-            q_r = load_block(q, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
-            g_r = load_block(d_out, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False)
-            lse_r = tl.load(lse + r, mask=live_r, other=INFINITY)
-            x = tl.dot(k_c, q_r.T, input_precision=PRECISION)
-            if BAND:
-                query_place = tl.load(query_places + r, mask=live_r, other=0)
-                x = tl.where(near(query_place[None, :], place[:, None], WIDTH, SINK), x, LOWEST)
+            x, q_r, g_r, lse_r = key_scores(
+                q, d_out, lse, query_places, k_c, place, r, live_r, d, BATCH * NQ * H * D, H * D, D, DP, False, BAND,
+                WIDTH, SINK, PRECISION,
+            )  # fmt: skip
             dk_c, dv_c, d_x = key_step(x, v_c, q_r, g_r, dk_c, dv_c, lse_r, delta + r, live_r, factor, PRECISION, EARLY)
             if KEEP:
-                keep_scores(d_scores, slot, d_x, at_c, inside, live_c, WIDE, TALL)
-                slot = following(slots, n, n_all, SLICES)
+                slot = keep_scores(d_scores, slots, slot, d_x, at_c, inside, live_c, n, n_all, SLICES, WIDE, TALL)
             at = following(first, n, n_all, SLICES)
     keys = wide(c, BATCH * NK * H * D) * (H * D)
     dk += (b * NK * H + h) * D
