@@ -6,9 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import GenerateConfig
@@ -46,9 +44,6 @@ class BenchOptions(VideoOptions):
 
     json: bool = False
     """Print only JSON to standard output."""
-
-    host: Annotated[str, tyro.conf.Suppress] = "127.0.0.1"
-    port: Annotated[int, tyro.conf.Suppress] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

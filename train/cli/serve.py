@@ -28,7 +28,7 @@ monarchrt serve --checkpoint self_forcing_dmd.pt --components Wan-AI/Wan2.1-T2V-
 
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions(GenerateConfig):
-    """The options of generation without those of a single video, such as its prompt, which are hidden."""
+    """The options of generation without those of one video and its page, such as the prompt, which are hidden."""
 
     lora: tuple[str, ...] = ()
     """LoRAs to merge into the network, FILE or FILE:SCALE, such as `style.safetensors:0.8`, in the format of diffusers,
@@ -53,6 +53,8 @@ class VideoOptions(GenerateConfig):
     compare_dense: Annotated[bool, tyro.conf.Suppress] = False
     compare: Annotated[str | None, tyro.conf.Suppress] = None
     stream: Annotated[bool, tyro.conf.Suppress] = False
+    host: Annotated[str, tyro.conf.Suppress] = "127.0.0.1"
+    port: Annotated[int, tyro.conf.Suppress] = 0
     linger: Annotated[float, tyro.conf.Suppress] = 60.0
     quiet: Annotated[bool, tyro.conf.Suppress] = False
 
@@ -60,6 +62,9 @@ class VideoOptions(GenerateConfig):
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(VideoOptions):
     """Serve sessions of a Wan 2.1 checkpoint or a run; docs/serve.md has the protocol."""
+
+    host: str = "127.0.0.1"
+    """Address to serve at; other machines need `token`."""
 
     port: int = 8766
     """Port; 0 takes a free one."""
