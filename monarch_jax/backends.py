@@ -33,7 +33,7 @@ def _xla() -> Backend:
 def _triton() -> Backend:
     from monarchrt import triton_kernels
 
-    attend = differentiable(forward_anywhere(triton_kernels.forward), vjp_anywhere(_first_vjp(triton_kernels)))
+    attend = differentiable(forward_anywhere(triton_kernels.forward), vjp_anywhere(first_vjp(triton_kernels)))
     return Backend("triton", triton_kernels.supports, attend)
 
 
@@ -56,11 +56,11 @@ def _mosaic() -> Backend:
         for x in (pallas_kernels.forward, pallas_kernels.forward_keeping, pallas_kernels.vjp)
     )
     first = types.SimpleNamespace(supports_vjp=pallas_kernels.supports_vjp, vjp=back)
-    vjp = vjp_anywhere(_first_vjp(first, triton_kernels))
+    vjp = vjp_anywhere(first_vjp(first, triton_kernels))
     return Backend("mosaic", supports, differentiable(forward_anywhere(run), vjp, forward_anywhere(run_keeping)))
 
 
-def _first_vjp(*kernels) -> Vjp:
+def first_vjp(*kernels) -> Vjp:
     """A vjp that runs the first of these packages to support the call, else XLA, on the same residuals."""
 
     def vjp(problem: Problem, residuals: Residuals, d_out: jax.Array):

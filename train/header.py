@@ -39,9 +39,9 @@ def run_header(
     """
     lines = [_network(config, template, role, latent_shape, networks[role]) for role in template.roles]
     lines += dict.fromkeys(line for role in config.objective.training for line in _narrow(networks[role]))
-    lines += [line for role in config.objective.training for line in _undecayed(config, role)]
+    lines += [line for role in config.objective.training for line in undecayed(config, role)]
     run = config.run
-    lines += _few_examples(held_out, run.eval_windows)
+    lines += few_examples(held_out, run.eval_windows)
     origin = config.origin(config.objective.exported) or "scratch"
     optimizers = [_optimizer(config, role) for role in config.objective.training]
     lines.append(
@@ -119,7 +119,7 @@ def _narrow(network: Any) -> list[str]:
     ]
 
 
-def _undecayed(config: TrainConfig, role: str) -> list[str]:
+def undecayed(config: TrainConfig, role: str) -> list[str]:
     """A warning if `decay_steps` is given but the learning rate is constant."""
     settings = config.trained(role)
     if settings.decay_steps is None or settings.schedule != "constant":
@@ -131,7 +131,7 @@ def _undecayed(config: TrainConfig, role: str) -> list[str]:
     ]
 
 
-def _few_examples(held_out: int, windows: int) -> list[str]:
+def few_examples(held_out: int, windows: int) -> list[str]:
     """A note if fewer examples are held out than `eval_windows`."""
     if held_out >= windows:
         return []

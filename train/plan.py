@@ -201,7 +201,7 @@ def make_plan(
         steps=tuple(steps or step_plans(networks, placement=placement, step_fn=step_fn, batches=batches)),
         remat=remat,
         gathering=gathering,
-        advice=_advice(config),
+        advice=memory_advice(config),
         left=config.run.steps - done,
         seconds=mean_seconds(log),
         estimate=estimate,
@@ -230,7 +230,7 @@ def step_plans(
     return tuple(_step(roles, networks.template, placement, step_fn, several) for roles, several in batches.items())
 
 
-def _advice(config: TrainConfig) -> tuple[str, ...]:
+def memory_advice(config: TrainConfig) -> tuple[str, ...]:
     """Options that reduce the memory of a run."""
     training = config.objective.training
     open_to = [name for name in training if config.role(name).model.remat not in ("full", AUTO)]

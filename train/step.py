@@ -126,7 +126,7 @@ class _Step:
         if settings.accumulation == 1:
             (loss, extra), grads = loss_and_grads(batch, draws)
         else:
-            (loss, extra), grads = _accumulate(loss_and_grads, (batch, draws), settings.accumulation)
+            (loss, extra), grads = accumulate(loss_and_grads, (batch, draws), settings.accumulation)
         grad_norm = optax.tree.norm(grads)
         changes, optimizer = training.optimizer.update(grads, own.optimizer, own.params)
         params = optax.apply_updates(own.params, changes)
@@ -187,7 +187,7 @@ def _averaged(objective: Objective) -> list[str]:
     return [name for name, role in objective.settings.roles.items() if role.averaged]
 
 
-def _accumulate(loss_and_grads: Callable, batch: tuple, parts: int) -> Any:
+def accumulate(loss_and_grads: Callable, batch: tuple, parts: int) -> Any:
     """Mean loss, metrics and gradient over `parts` equal slices of the batch, computed one after the other."""
 
     # sample i goes to part i mod parts, so that every part is spread over the devices as the batch is

@@ -116,8 +116,21 @@ def run(
 
 
 def call(launch: Launch, arrays: dict, shapes: dict, compute_capability: int) -> dict[str, jax.Array]:
-    """What one launch writes, by name; `arrays` may hold more than it reads, `shapes` those of what it creates."""
-    array = {name: launch.arrays.get(name, name) for name in _parameters(launch.kernel)}
+    """What one launch writes, by name; `arrays` may hold more than it reads, `shapes` those of what it creates.
+
+    Args:
+        launch: The kernel, its grid and its constants.
+        arrays: Operands by name; it may hold more than the kernel reads.
+        shapes: Shapes and dtypes of what the kernel creates, by name.
+        compute_capability: Architecture to compile for, such as 90.
+
+    Returns:
+        The arrays that the kernel writes, by name.
+
+    Raises:
+        ValueError: If the kernel's operands are not in the order in which jax-triton hands out buffers.
+    """
+    array = {name: launch.arrays.get(name, name) for name in parameters(launch.kernel)}
     names = [name for name in array if array[name] in arrays]
     held = [name for name in array if array[name] not in arrays or isinstance(arrays[array[name]], jax.Array)]
     created = [name not in names for name in held]
@@ -156,6 +169,6 @@ def _varying(x: jax.Array, axes: frozenset) -> jax.Array:
 
 
 @functools.cache
-def _parameters(kernel: str) -> tuple[str, ...]:
+def parameters(kernel: str) -> tuple[str, ...]:
     """Operands of a kernel in order: its parameters without the constants, which are in capitals."""
     return tuple(name for name in inspect.signature(KERNELS[kernel].fn).parameters if not name.isupper())

@@ -116,7 +116,7 @@ class RadialAttention(ListedAttention):
         frames = check_frames(self.name, self.frames, places.grid)
         decay, block = self.decay_for(places.grid), self.block_size
         key_frame, key_place = places.keys()
-        table = _blocks(self.rule, block, decay, frames, places.per_frame)
+        table = block_table(self.rule, block, decay, frames, places.per_frame)
         blocks = jnp.asarray(table)
 
         def published(rows):
@@ -141,7 +141,7 @@ class RadialAttention(ListedAttention):
         )
 
     def _listed(self, places: Places, table: np.ndarray, queries: int, keys: int) -> Blocks:
-        """The mask by blocks; `table` is the result of `_blocks`."""
+        """The mask by blocks; `table` is the result of `block_table`."""
         block, per_frame = self.block_size, places.per_frame
         xp: Any = np if is_known(places) else jnp
         if self.rule == "published":  # blocks are aligned to the clip; the queries may begin inside one
@@ -222,7 +222,7 @@ def _near_blocks(width: float, rows: np.ndarray, columns: np.ndarray, per_frame:
 
 
 @functools.lru_cache(maxsize=64)
-def _blocks(rule: str, block: int, decay: float, frames: int, per_frame: int) -> np.ndarray:
+def block_table(rule: str, block: int, decay: float, frames: int, per_frame: int) -> np.ndarray:
     """Kept pairs of blocks: of the clip, [blocks, blocks] ("published"), or by distance, [F, blocks, blocks]."""
     width = functools.partial(_width, decay=decay, per_frame=per_frame, block=block, general=rule == "general")
     if rule == "general":
@@ -255,7 +255,7 @@ def _pair(reach: float, row: int, column: int, block: int, per_frame: int) -> np
 @functools.lru_cache(maxsize=64)
 def _kept(rule: str, block: int, decay: float, frames: int, per_frame: int) -> np.ndarray:
     """Number of kept entries for each pair of frames, [F, F]."""
-    blocks = _blocks(rule, block, decay, frames, per_frame)
+    blocks = block_table(rule, block, decay, frames, per_frame)
     if rule == "general":
         sizes = np.diff(np.minimum(np.arange(blocks.shape[1] + 1) * block, per_frame))
         by_distance = np.einsum("dij,i,j->d", blocks.astype(np.int64), sizes, sizes)

@@ -100,7 +100,7 @@ class SlidingTileAttention(ListedAttention):
             return [number // side for number, side in zip(at, self.tile, strict=True)]
 
         halves = np.array(windows) // 2  # [1 or n, 3]
-        near = [_near(count, halves[:, axis]) for axis, count in enumerate(tiles)]
+        near = [near_tiles(count, halves[:, axis]) for axis, count in enumerate(tiles)]
         key_tiles = tile_of(*places.keys())
 
         # by lookup in small tables: XLA miscompiles the written-out comparisons for GPUs (jax 0.11.2)
@@ -114,7 +114,7 @@ class SlidingTileAttention(ListedAttention):
         return self.attend_kept(query, key, value, places, keep=keep, blocks=lambda: self._blocks(places, tiles, near))
 
     def _blocks(self, places: Places, tiles: list[int], tables: list[np.ndarray]) -> Blocks:
-        """The mask by blocks, which are the parts of tiles in the frames of the call; `tables` are from `_near`."""
+        """The mask by blocks, the parts of tiles in the frames of the call; `tables` are from `near_tiles`."""
         (_, rows, columns), place = tiles, np.arange(places.per_frame)
         of_place = place // places.grid[2] // self.tile[1] * columns + place % places.grid[2] // self.tile[2]
         # if frames of the cache are valid by whole tiles, as for tiles of one frame, only indices of tiles are traced
@@ -175,7 +175,7 @@ class SlidingTileAttention(ListedAttention):
         for window in self._windows():
             near = []
             for size, side, length in zip((frames, *grid[1:]), self.tile, window, strict=True):
-                near.append(_near(size // side, np.array([length // 2]))[0])
+                near.append(near_tiles(size // side, np.array([length // 2]))[0])
             pairs = near[0].repeat(self.tile[0], 0).repeat(self.tile[0], 1)[: grid[0], : grid[0]]
             pairs = pairs & (np.arange(grid[0]) < seen[:, None])
             total += int(pairs.sum()) * math.prod(int(axis.sum()) for axis in near[1:])
@@ -185,7 +185,7 @@ class SlidingTileAttention(ListedAttention):
         return Density(visible, kept, visible)
 
 
-def _near(count: int, halves: np.ndarray) -> np.ndarray:
+def near_tiles(count: int, halves: np.ndarray) -> np.ndarray:
     """Which of `count` tiles along an axis see which, [n, count, count], for windows of half-widths [n]."""
     half = halves[:, None]
     centre = np.minimum(np.maximum(np.arange(count)[None], half), count - 1 - half)

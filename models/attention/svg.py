@@ -128,7 +128,8 @@ class SVGAttention(ListedAttention):
         frames, per_frame = check_frames(self.name, self.frames, grid), grid[1] * grid[2]
         return (lambda frame, place: frame * per_frame + place), (lambda frame, place: place * frames + frame)
 
-    def _profile_rows(self, tokens: int) -> Int[Array, "R"]:
+    def profile_rows(self, tokens: int) -> Int[Array, "R"]:
+        """Indices of the queries by which heads are told apart, of a call with so many tokens."""
         if isinstance(self.rows, tuple):
             return jnp.asarray(self.rows, jnp.int32)
         among = min(tokens, self.drawn_from)
@@ -149,7 +150,7 @@ class SVGAttention(ListedAttention):
         Arguments are as in `MaskedAttention.attend`. The masks keep pairs of blocks that are less than two frames of
         tokens apart, and the keys of the first frame.
         """
-        rows = self._profile_rows(query.shape[1])
+        rows = self.profile_rows(query.shape[1])
         visible = places.visible
         wide = jnp.promote_types(query.dtype, jnp.float32)
 

@@ -116,7 +116,7 @@ class VSAttention(ListedAttention):
         there = jnp.repeat(there, per_layer)[None, None, None]
         count = places.by_seen(lambda frames: self.cubes_kept(-(-frames // self.cube[0]) * per_layer))
         chosen = largest(lax.stop_gradient(scores), count, among=there)
-        of_query, of_key = self._cube_of(query_grid), self._cube_of(key_grid)
+        of_query, of_key = self.cube_of(query_grid), self.cube_of(key_grid)
         if in_cubes:
             of_key = np.sort(of_key)
 
@@ -138,7 +138,7 @@ class VSAttention(ListedAttention):
         )
         return out + gate.astype(out.dtype) * coarse[:, of_query]
 
-    def _cube_of(self, grid: Grid) -> np.ndarray:
+    def cube_of(self, grid: Grid) -> np.ndarray:
         """Index of each token's cube, [N]."""
         _, rows, columns = self.cubes(grid)
         frame, row, column = (np.arange(size) // side for size, side in zip(grid, self.cube, strict=True))
@@ -146,7 +146,7 @@ class VSAttention(ListedAttention):
 
     def _means(self, tokens: Float[Array, "B N n d"], grid: Grid, *, in_cubes: bool = False) -> Float[Array, "B C n d"]:
         """The mean of each cube, summed in float32 or wider; `in_cubes` if tokens are ordered by cubes."""
-        cubes, of = self.cubes(grid), self._cube_of(grid)
+        cubes, of = self.cubes(grid), self.cube_of(grid)
         batch, _, heads, width = tokens.shape
         dtype = jnp.promote_types(tokens.dtype, jnp.float32)
         if in_cubes:

@@ -169,10 +169,10 @@ def open_run(config: GenerateConfig) -> RunCheckpoint | None:
     with user_input():
         loras = given_loras(config, report=_say)
         said = [lora.settings for lora, _ in loras if lora.settings]
-        return RunCheckpoint(run._replace(generation=_sampled(run, said[-1])) if said else run, loras)
+        return RunCheckpoint(run._replace(generation=distilled_generation(run, said[-1])) if said else run, loras)
 
 
-def _sampled(run: RunSettings, said: dict[str, Any]) -> Generation:
+def distilled_generation(run: RunSettings, said: dict[str, Any]) -> Generation:
     """Sampling defaults of a run's network with a LoRA that records how it was trained."""
     trained, few_step = trained_from_json(said, where="a LoRA's header"), few_step_from_json(said)
     known = {} if trained is None else {name: getattr(trained, name) for name in ("shift", "steps", "window")}

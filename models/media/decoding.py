@@ -145,7 +145,7 @@ def _ready(graph: "av.filter.Graph") -> Iterator[Any]:
 
 
 def _fit(frame: Any, path: Path, aspect: float, height: int, width: int) -> np.ndarray:
-    orientation, colours = _orientation(frame, path), _colours(frame, path)
+    orientation, colours = orientation_of(frame, path), _colours(frame, path)
     size = frame.height, frame.width
     scaled, target = covering(size, (height, width), orientation=orientation, aspect=aspect)
     if scaled[0] * scaled[1] > _LARGEST:
@@ -163,7 +163,7 @@ def _fit(frame: Any, path: Path, aspect: float, height: int, width: int) -> np.n
     return picture if colours.ordinary else to_ordinary(picture.astype(np.float32) / 65535, colours)
 
 
-def _orientation(frame: Any, path: Path) -> Orientation:
+def orientation_of(frame: Any, path: Path) -> Orientation:
     """The orientation by the display matrix, x' = a x + c y, y' = b x + d y: rotation of the camera, and mirroring."""
     data = frame.side_data.get(SideData.DISPLAYMATRIX)
     if data is None:

@@ -59,7 +59,7 @@ def joined(
 
     whole = {**versions(), **compilation(), **(identity or {})}
     with _service(place, seconds):
-        _join(place, whole, seconds, say)
+        join_all(place, whole, seconds, say)
         _connect(place, seconds)
         lock = threading.Lock()
 
@@ -79,7 +79,7 @@ def joined(
             if not isinstance(error, UserError | KeyboardInterrupt | SystemExit):
                 _await_verdict(watch)  # most likely another process died: the watch says which
                 traceback.print_exc()
-            line, code = _words(error)
+            line, code = exit_words(error)
             with lock:
                 watch.failed(line.removeprefix("error: "))
                 leave(line, code)
@@ -104,7 +104,7 @@ def _await_verdict(watch: Any) -> None:
         time.sleep(PATIENCE + 5 * BEAT)
 
 
-def _words(error: BaseException) -> tuple[str, int]:
+def exit_words(error: BaseException) -> tuple[str, int]:
     """The line that reports an error, and the exit code."""
     text = " ".join(str(error).split())
     match error:
@@ -157,7 +157,7 @@ def _serve(place: Place, seconds: float) -> subprocess.Popen:
     )
 
 
-def _join(place: Place, identity: Mapping[str, Any], seconds: float, say: Callable[[str], None]) -> None:
+def join_all(place: Place, identity: Mapping[str, Any], seconds: float, say: Callable[[str], None]) -> None:
     """Registers this process with the coordinator and waits until all have registered.
 
     Raises:

@@ -306,7 +306,7 @@ def rebase_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
     rolls = cache.shape.frames - cache.shape.sink_frames
     if not cache.shape.rolling or frames < 0 or frames % rolls:
         raise ValueError(f"frames={frames} is not a multiple of the {rolls} frames that a rolling cache rolls over.")
-    return _turned(cache, *_turn(-frames, head_dim), frames)
+    return turned(cache, *_turn(-frames, head_dim), frames)
 
 
 def turn_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
@@ -320,7 +320,7 @@ def turn_cache(cache: WanCache, *, frames: int, head_dim: int) -> WanCache:
     Returns:
         The cache, with unchanged slots and length.
     """
-    return _turned(cache, *_turn(-frames, head_dim), 0)
+    return turned(cache, *_turn(-frames, head_dim), 0)
 
 
 def _turn(frames: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -332,7 +332,7 @@ def _turn(frames: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _turned(cache: WanCache, cos: Array, sin: Array, frames: Int[Array, ""] | int) -> WanCache:
+def turned(cache: WanCache, cos: Array, sin: Array, frames: Int[Array, ""] | int) -> WanCache:
     """The cache with its keys rotated and its length reduced by `frames`."""
 
     def turn(keys):
@@ -345,7 +345,18 @@ def _turned(cache: WanCache, cos: Array, sin: Array, frames: Int[Array, ""] | in
 def check_cache(
     model: WanModel, cache: WanCache, batch: int, grid: tuple[int, int, int], *, apart: bool = False
 ) -> None:
-    """Raises ValueError unless the cache was made for this model's layers, batch and frame size."""
+    """Raises ValueError unless the cache was made for this model's layers, batch and frame size.
+
+    Args:
+        model: The model.
+        cache: The cache.
+        batch: Batch size of the call.
+        grid: (frames, rows, columns) of the call's tokens.
+        apart: Whether the call is of unrolled layers.
+
+    Raises:
+        ValueError: If the cache was made for others.
+    """
     if apart != (jax.tree.leaves(cache.cross)[0].ndim == 4):  # stacked, with an axis of layers
         raise ValueError("layers are given to one of init_cache and cached_forward; give them to both, or to none.")
     expected = jax.eval_shape(partial(empty_runs, model.config, cache.shape, apart=apart))

@@ -268,7 +268,7 @@ def test_arrays_that_a_kernel_creates_are_its_last(scratch):
         there = set()
         for n in range(min(2, len(todo.steps))):
             for call in todo.launches_of(n):
-                arrays = [call.arrays.get(x, x) for x in launch._parameters(call.kernel) if x != "scale"]
+                arrays = [call.arrays.get(x, x) for x in launch.parameters(call.kernel) if x != "scale"]
                 writes = {call.arrays.get(x, x) for x in call.writes}
                 places = [arrays.index(x) for x in writes - there]
                 assert not places or min(places) == len(arrays) - len(places), (call.kernel, call.writes)
@@ -288,7 +288,7 @@ def test_what_is_changed_in_place_needs_no_copy(newest):
     readers: dict[str, set[int]] = {}  # of what each array holds now
     writer: dict[str, int] = {}
     for n, call in enumerate(plan.refined_backward(shape, chosen, "ieee", newest, 3).launches):
-        arrays = {call.arrays.get(x, x) for x in launch._parameters(call.kernel)}
+        arrays = {call.arrays.get(x, x) for x in launch.parameters(call.kernel)}
         direct = {writer[x] for x in arrays if x in writer}
         before.append(direct.union(*(before[m] for m in direct)))
         for name in (call.arrays.get(x, x) for x in call.writes):

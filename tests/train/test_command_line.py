@@ -255,7 +255,7 @@ def test_a_decaying_schedule_remembers_where_it_ends():
 
 def test_an_end_of_a_learning_rate_that_stays_is_warned_of():
     def lines(objective, **optimizer):
-        return header._undecayed(TrainConfig(objective=objective, optimizer=OptimizerConfig(**optimizer)), "student")
+        return header.undecayed(TrainConfig(objective=objective, optimizer=OptimizerConfig(**optimizer)), "student")
 
     said = "warning: {0}decay_steps is 9, but {0}schedule is constant, .*; give --{0}schedule cosine or linear"
     for objective, prefix in ((FlowConfig(), ""), (DMDConfig(), r"student\.")):
@@ -266,9 +266,9 @@ def test_an_end_of_a_learning_rate_that_stays_is_warned_of():
 
 def test_fewer_held_out_examples_than_asked_for_are_noted():
     said = "held out, so the held-out loss uses"
-    assert header._few_examples(3, 4) == [f"note: only 3 examples are {said} 3 instead of --eval-windows 4"]
-    assert header._few_examples(1, 4) == [f"note: only 1 example is {said} 1 instead of --eval-windows 4"]
-    assert header._few_examples(4, 4) == []
+    assert header.few_examples(3, 4) == [f"note: only 3 examples are {said} 3 instead of --eval-windows 4"]
+    assert header.few_examples(1, 4) == [f"note: only 1 example is {said} 1 instead of --eval-windows 4"]
+    assert header.few_examples(4, 4) == []
 
 
 def test_an_attention_that_was_written_otherwise_is_the_same():

@@ -16,7 +16,7 @@ from monarchrt.models.media.video import write_mp4
 from monarchrt.train.cli import main
 from monarchrt.train.demo import DemoConfig, run, run_demo
 from monarchrt.train.demo.folder import read_settings
-from monarchrt.train.demo.run import DemoResult, _table
+from monarchrt.train.demo.run import DemoResult, result_table
 from tests.untyped import there
 
 from .conftest import contents, history
@@ -191,7 +191,7 @@ def test_damaged_settings_are_one_line(text, said, tmp_path, capsys):
 @pytest.mark.parametrize(("untrained", "said"), [(1.2, "50%"), (1.0, "none was lost"), (0.9, "none was lost")])
 def test_a_swap_that_costs_nothing_leaves_no_gap_to_close(untrained, said):
     result = DemoResult(dense=1.1, control=1.0, untrained=untrained, finetuned=1.1, sparsity=0.9, seconds=1.0)
-    assert [*_table(result).columns[-1].cells][-1] == said
+    assert [*result_table(result).columns[-1].cells][-1] == said
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from monarchrt.models.checkpoints.tensor_files import write_arrays
 from monarchrt.models.generate.config import GenerateConfig, from_stored
 from monarchrt.models.generate.load import wan_defaults
 from monarchrt.models.generate.plan import make_plan
-from monarchrt.models.generate.run_checkpoint import _sampled, run_defaults
+from monarchrt.models.generate.run_checkpoint import distilled_generation, run_defaults
 from monarchrt.models.generate.runs import read_run
 from monarchrt.models.media.writer import read_settings
 from monarchrt.models.sampling import Rollout, Windows
@@ -135,7 +135,7 @@ def test_a_run_that_rolled(student):
         )
     ]
     said = {"few_step": True, "trained": {"steps": list(STEPS), "window": 4}}  # by a LoRA that was trained on it
-    sampled = _sampled(read_run(student), said)
+    sampled = distilled_generation(read_run(student), said)
     assert (sampled.window, sampled.sink_frames, sampled.shift) == (4, 0, 5.0)
     path = student / "config.json"
     values = json.loads(path.read_text())

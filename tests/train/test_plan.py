@@ -17,7 +17,7 @@ from monarchrt.models.memory import Memory, memory, reported
 from monarchrt.train.cli import main
 from monarchrt.train.config import ModelConfig, TrainConfig
 from monarchrt.train.objectives.settings import DMDConfig
-from monarchrt.train.plan import Plan, RolePlan, StepPlan, _advice, mean_seconds, plan_lines, plan_table
+from monarchrt.train.plan import Plan, RolePlan, StepPlan, mean_seconds, memory_advice, plan_lines, plan_table
 
 from .conftest import contents
 
@@ -128,9 +128,9 @@ PLAN = Plan(
 
 def test_advice_names_the_options_of_the_roles():
     full = ModelConfig(remat="full")
-    assert _advice(TrainConfig())[0] == "--remat full"
-    assert _advice(TrainConfig(model=full)) == ("a smaller --batch", "a larger --accumulation", "--mesh fsdp=N")
-    several = _advice(TrainConfig(model=full, objective=DMDConfig()))
+    assert memory_advice(TrainConfig())[0] == "--remat full"
+    assert memory_advice(TrainConfig(model=full)) == ("a smaller --batch", "a larger --accumulation", "--mesh fsdp=N")
+    several = memory_advice(TrainConfig(model=full, objective=DMDConfig()))
     assert several[0] == "--critic.remat full"
     assert several[2:4] == ("a larger --student.accumulation", "a larger --critic.accumulation")
 

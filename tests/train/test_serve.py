@@ -255,7 +255,7 @@ class TestPrograms:
         (tmp_path / "a-cache").symlink_to(tmp_path / "gone")
         (tmp_path / "b-cache").touch()
         os.utime(tmp_path / "b-cache", (0, 0))
-        compile_cache._remove_empty(tmp_path)
+        compile_cache.remove_empty(tmp_path)
         assert os.listdir(tmp_path) == ["a-cache"]
 
     @pytest.mark.slow

@@ -32,7 +32,7 @@ from monarchrt.train.state import (
     trainable_filter,
     update_ema,
 )  # fmt: skip
-from monarchrt.train.step import _accumulate, make_train_step
+from monarchrt.train.step import accumulate, make_train_step
 from tests.untyped import untyped
 
 SHAPE = (4, 2, 3, 3, 5)
@@ -142,11 +142,11 @@ def test_what_accumulation_shows_is_of_all_parts():
         return (jnp.mean(errors), in_bins(errors, times) | {"last": times[-1]}), jnp.mean(errors)
 
     errors, times = jnp.array([1.0, 4.0, 2.0, 8.0]), jnp.array([10.0, 950.0, 190.0, 300.0])
-    (loss, shown), gradient = _accumulate(loss_and_grads, (errors, times), 4)
+    (loss, shown), gradient = accumulate(loss_and_grads, (errors, times), 4)
     assert float(loss) == float(gradient) == 3.75
     assert float(shown.pop("last")) == times.mean()
     np.testing.assert_array_equal(list(shown.values()), [1.5, 8.0, np.nan, np.nan, 4.0])
-    assert not jnp.isfinite(_accumulate(loss_and_grads, (errors.at[2].set(jnp.nan), times), 4)[0][0])
+    assert not jnp.isfinite(accumulate(loss_and_grads, (errors.at[2].set(jnp.nan), times), 4)[0][0])
 
 
 def test_the_average_is_a_copy_until_it_starts_and_then_decays():

@@ -41,7 +41,7 @@ def keep_programs(environment: MutableMapping[str, str] = os.environ) -> None:
     folder = programs_folder(environment)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_empty(folder)
+        remove_empty(folder)
         if not os.access(folder, os.W_OK) or shutil.disk_usage(folder).free < LEAST_FREE:
             return
     except OSError:
@@ -59,7 +59,7 @@ def keep_programs(environment: MutableMapping[str, str] = os.environ) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def _remove_empty(folder: Path) -> None:
+def remove_empty(folder: Path) -> None:
     """Removes files that a full disk left empty: JAX would fail to read them, and would not replace them."""
     old = time.time() - BEING_WRITTEN
     for entry in os.scandir(folder):

@@ -143,7 +143,7 @@ def _finetune(
         write_film(folder / "comparison.mp4", models, source, dense_config),
         _write_results(folder / "results.json", config, result),
     ]
-    console.print(_table(result))
+    console.print(result_table(result))
     names = ", ".join(path.name for path in written)
     console.print(f"\n{result.seconds:.0f} s, the program's start aside; everything is in {folder}: {names}")
     return result
@@ -205,7 +205,8 @@ def _write_results(path: Path, config: DemoConfig, result: DemoResult) -> Path:
     return path
 
 
-def _table(result: DemoResult) -> Table:
+def result_table(result: DemoResult) -> Table:
+    """The held-out losses as a table, one row per model."""
     table = Table("attention", "map stored", "held-out loss", "loss won back")
     stored = f"{1 - result.sparsity:.1%}"
     closed = "none was lost" if result.closed is None else f"{result.closed:.0%}"

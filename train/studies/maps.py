@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from monarch_jax import MonarchSpec, monarch_factors
+from monarchrt.models.attention.base import Grid
 from monarchrt.models.attention.capture import capture
 from monarchrt.models.errors import UserError
 from monarchrt.train.config import to_dict
@@ -140,20 +141,31 @@ def approximations(scores: Scores, exact: np.ndarray, config: MapConfig) -> Iter
         family, setting = "Monarch" if whole else "tiled Monarch", ",".join(map(str, tile))
         for steps in config.steps:
             name = f"{family}, T={steps}"
-            yield point(name, setting, spec.density, _factored(scores, grid, tile, steps))
+            yield point(name, setting, spec.density, factored(scores, grid, tile, steps))
         yield point(f"{family}, projection", setting, spec.density, monarch_projection(exact, spec))
     for rows, columns in misaligned(grid):
         line = MonarchSpec(grid=(1, rows, columns))
         if line.density > most:
             continue
         for steps in config.steps[:1]:
-            made = _factored(scores, line.grid, None, steps)
+            made = factored(scores, line.grid, None, steps)
             yield point(f"Monarch, misaligned, T={steps}", f"{rows}x{columns}", line.density, made)
         projected = monarch_projection(exact, line)
         yield point("Monarch, misaligned, projection", f"{rows}x{columns}", line.density, projected)
 
 
-def _factored(scores: Scores, grid: Any, tile: Any, steps: int) -> np.ndarray:
+def factored(scores: Scores, grid: Grid, tile: Grid | None, steps: int) -> np.ndarray:
+    """The map of Monarch attention, [N, N], for the queries and keys of a map.
+
+    Args:
+        scores: Queries and keys of N tokens.
+        grid: (frames, height, width) of the tokens.
+        tile: The tile; None: the whole grid is one.
+        steps: Refinement steps.
+
+    Returns:
+        Probabilities; rows sum to 1.
+    """
     query, key = (jnp.asarray(x)[None, :, None] for x in (scores.query, scores.key))
     made = monarch_factors(query, key, grid=grid, tile=tile, num_iters=steps, scale=scores.scale)
     return np.asarray(made.attention[0, 0])
@@ -180,7 +192,7 @@ def structure(scores: Scores) -> dict[str, np.ndarray]:
         if others:
             forms["misaligned"] = min(others, key=lambda sizes: abs(stored(sizes) - stored(aligned)))
         for name, (rows, columns) in forms.items():
-            made = _factored(scores, (1, rows, columns), None, 1)
+            made = factored(scores, (1, rows, columns), None, 1)
             error = error_of(made, exact).relative
             panels[f"{name} {rows} x {columns}, {stored((rows, columns)):.1%}, error {error:.2f}"] = made
     return panels

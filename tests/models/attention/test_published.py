@@ -11,9 +11,9 @@ import pytest
 
 from monarchrt.models.attention.base import Context
 from monarchrt.models.attention.masked import Places
-from monarchrt.models.attention.radial import RadialAttention, _blocks
+from monarchrt.models.attention.radial import RadialAttention, block_table
 from monarchrt.models.attention.sla import SLAttention
-from monarchrt.models.attention.sliding_tile import SlidingTileAttention, _near
+from monarchrt.models.attention.sliding_tile import SlidingTileAttention, near_tiles
 from monarchrt.models.attention.svg import SVGAttention
 from monarchrt.models.attention.svg2 import SVG2Attention, kmeans
 from monarchrt.models.attention.vsa import VSAttention
@@ -55,7 +55,7 @@ class TestRadial:
         count = -(-frames * tokens // 128)
         whole = frames * tokens // 128
         expected = unpacked(self.arrays[name], count)
-        found = _blocks("published", 128, decay, frames, tokens)
+        found = block_table("published", 128, decay, frames, tokens)
         np.testing.assert_array_equal(found[:whole, :whole], expected[:whole, :whole])
         assert expected[whole:].all()
         assert found.shape == expected.shape
@@ -85,7 +85,7 @@ class TestRadial:
         the block's, so that every band of at least a block stays. What both keep is the same."""
         frames, tokens = 20, 384
         expected = unpacked(self.arrays["20 384 1.0 64"], frames * tokens // 64)
-        found = _blocks("published", 64, 1.0, frames, tokens)
+        found = block_table("published", 64, 1.0, frames, tokens)
         of = np.arange(len(found)) // (tokens // 64)
         distance = np.abs(of[:, None] - of)
         both = (distance < 4) | (of == 0)[None] | ((distance < 8) & (distance % 2 == 0))
@@ -175,7 +175,7 @@ class TestSlidingTile:
             found = np.asarray(jax.jit(partial(setting.attention_map, grid=grid))(*x))[0, 0] > 0
         else:
             tiles = [size // side for size, side in zip(grid, tile, strict=True)]
-            near = [_near(n, np.array([side // 2]))[0] for n, side in zip(tiles, window, strict=True)]
+            near = [near_tiles(n, np.array([side // 2]))[0] for n, side in zip(tiles, window, strict=True)]
             found = np.kron(np.kron(near[0], near[1]), near[2])
         expected = unpacked(self.arrays[name], len(found))
         np.testing.assert_array_equal(found, expected)
@@ -282,8 +282,8 @@ class TestVSA:
         """Tokens of each, 2 to 64, and how many are kept: rounded up, published in floats, so that of some shares that
         are whole numbers it keeps one more than they are; here the share is the decimal number that it is written as.
         """
-        np.testing.assert_array_equal(np.bincount(self.setting._cube_of(inputs.VSA_GRID)), self.arrays["sizes"])
-        np.testing.assert_array_equal(np.bincount(self.setting._cube_of(inputs.VSA_LARGE)), self.arrays["sizes 720p"])
+        np.testing.assert_array_equal(np.bincount(self.setting.cube_of(inputs.VSA_GRID)), self.arrays["sizes"])
+        np.testing.assert_array_equal(np.bincount(self.setting.cube_of(inputs.VSA_LARGE)), self.arrays["sizes 720p"])
         more = []
         for keep, counts in zip(inputs.VSA_SHARES, self.arrays["counts"], strict=True):
             for cubes, count in zip(inputs.VSA_CUBES, counts, strict=True):
@@ -316,7 +316,7 @@ class TestVSA:
         x = inputs.vsa(ties=ties)[:2]
         setting = dataclasses.replace(self.setting, gate=False)
         kept = np.asarray(jax.jit(partial(setting.attention_map, grid=inputs.VSA_GRID))(*x))[0] > 0
-        of = self.setting._cube_of(inputs.VSA_GRID)
+        of = self.setting.cube_of(inputs.VSA_GRID)
         first = np.unique(of, return_index=True)[1]
         found = kept[:, first][:, :, first]
         np.testing.assert_array_equal(kept, found[:, of][:, :, of])
@@ -333,7 +333,7 @@ class TestVSA:
         assert (found.sum(-1) == 5).all()
         assert (expected[0].sum(-1) == 8).all()
         scores = np.einsum("bqnd,bknd->bnqk", *inputs.vsa(ties=True)[:2])[0]  # of tokens, as of their cubes' means
-        first = np.unique(self.setting._cube_of(inputs.VSA_GRID), return_index=True)[1]
+        first = np.unique(self.setting.cube_of(inputs.VSA_GRID), return_index=True)[1]
         for row, kept, mine in zip(scores[0][first][:, first], expected[0], found[0], strict=True):
             assert (row[kept].min() > row[~kept]).all()
             least = row == row[kept].min()

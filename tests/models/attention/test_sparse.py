@@ -205,10 +205,10 @@ class TestAgainstMaps:
         setting = untyped(parse("svg(keep=0.1, block=8, rows=5)"))
         found = jax.jit(partial(setting, grid=(9, 4, 6)))(*x)
         np.testing.assert_array_equal(found, jax.jit(partial(setting, grid=(9, 4, 6)))(*x))
-        rows = setting._profile_rows(216)
+        rows = setting.profile_rows(216)
         assert rows.shape == (5,)
         assert int(rows.max()) < 216
-        assert int(untyped(parse("svg(rows=50, drawn_from=4)"))._profile_rows(216).max()) < 4
+        assert int(untyped(parse("svg(rows=50, drawn_from=4)")).profile_rows(216).max()) < 4
         given = dataclasses.replace(setting, rows=tuple(map(int, rows)))
         np.testing.assert_array_equal(found, jax.jit(partial(given, grid=(9, 4, 6)))(*x))
 

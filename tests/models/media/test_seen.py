@@ -12,7 +12,7 @@ from PIL import Image
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.media.colour import HLG, PQ, Colours, to_ordinary
-from monarchrt.models.media.decoding import _orientation
+from monarchrt.models.media.decoding import orientation_of
 from monarchrt.models.media.frames import Orientation
 from monarchrt.models.media.video import read_clip
 from tests.clips import encode_video, make_clip, order, quarters
@@ -77,12 +77,12 @@ def test_display_matrices(tmp_path, matrix, expected):
         a, b, c, d = (65536 * number for number in matrix)
         side_data = {SideData.DISPLAYMATRIX: struct.pack("<9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)}  # noqa: RUF012
 
-    assert order(_orientation(Frame, tmp_path).apply(quarters())) == expected
+    assert order(orientation_of(Frame, tmp_path).apply(quarters())) == expected
     Frame.side_data = {SideData.DISPLAYMATRIX: struct.pack("<9i", 50000, 42000, 0, -42000, 50000, 0, 0, 0, 1 << 30)}
     with pytest.raises(UserError, match="rotation that is not supported"):
-        _orientation(Frame, tmp_path)
+        orientation_of(Frame, tmp_path)
     Frame.side_data = {}
-    assert _orientation(Frame, tmp_path) == Orientation()
+    assert orientation_of(Frame, tmp_path) == Orientation()
 
 
 NAMES = [

@@ -8,7 +8,7 @@ import pytest
 
 from monarchrt.models.errors import UserError
 from monarchrt.models.processes import service
-from monarchrt.models.processes.joining import _join
+from monarchrt.models.processes.joining import join_all
 from monarchrt.models.processes.place import Place
 
 
@@ -38,7 +38,7 @@ def come(places: list[Place], identities: list[dict], *, seconds: float = 20.0) 
 
     def run(number: int) -> None:
         try:
-            _join(places[number], identities[number], seconds, lambda line: None)
+            join_all(places[number], identities[number], seconds, lambda line: None)
             found[number] = None
         except UserError as error:
             found[number] = str(error)

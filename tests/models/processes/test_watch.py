@@ -14,7 +14,7 @@ from monarchrt.models.processes.agreement import (
     run_in_first,
     smallest,
 )
-from monarchrt.models.processes.joining import _words, joined
+from monarchrt.models.processes.joining import exit_words, joined
 from monarchrt.models.processes.watch import PATIENCE, Silence
 
 
@@ -107,4 +107,4 @@ def test_what_is_said_of_an_error_and_how_the_process_ends():
         ValueError("a\nbug"): ("error: ValueError: a bug", 1),
     }
     for error, expected in said.items():
-        assert _words(error) == expected
+        assert exit_words(error) == expected

@@ -13,7 +13,7 @@ from monarchrt.models.sampling import Rollout
 from monarchrt.models.serve import Engine, Outbox
 from monarchrt.models.serve.bench import measure
 from monarchrt.models.serve.engine import blended
-from monarchrt.models.wan.causal import _turned
+from monarchrt.models.wan.causal import turned
 from tests.compiled import compiled_here
 from tests.models.serve.conftest import encode, pipeline
 from tests.untyped import untyped
@@ -48,7 +48,7 @@ class TestMemory:
 def test_a_long_stream_compiles_nothing_where_positions_are_counted_anew(prepare, monkeypatch):
     """After 1024 frames; without sinks nothing else takes that program."""
     own = Engine(pipeline(), rollout=Rollout(steps=1, window=6), height=4, width=8, encode=encode, unroll=True)
-    untyped(_turned).clear_cache()
+    untyped(turned).clear_cache()
     prepare(own)
     monkeypatch.setattr("monarchrt.models.sampling.rollout.MAX_POSITIONS", 12)
     video = own.video(own.embed("a cat", None), 0)

@@ -25,7 +25,7 @@ from monarchrt.train.studies.approximations import (
     tiles_of,
 )
 from monarchrt.train.studies.config import TilesConfig
-from monarchrt.train.studies.maps import _factored, equation_1
+from monarchrt.train.studies.maps import equation_1, factored
 from monarchrt.train.studies.partial import Partial
 from tests.untyped import there
 
@@ -89,7 +89,7 @@ def test_projection(scores, attention, tile, blocks):
             expected[np.ix_(i, other)] = (values[0] * torch.outer(left[:, 0], right[0])).numpy()
     np.testing.assert_allclose(made, expected, atol=1e-6)
     if blocks == "fh,w":
-        factors = _factored(scores, spec.grid, tile, 2)
+        factors = factored(scores, spec.grid, tile, 2)
         assert error_of(made, attention).mse <= error_of(factors, attention).mse
     assert sorted(tile_order(spec).ravel()) == list(range(24))
 
