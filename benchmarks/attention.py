@@ -15,11 +15,9 @@ import dataclasses
 import functools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the published
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measuring import clocked, heading, machine, write_report
 
 from monarch_jax import monarch_attention
 from monarch_jax.backends import IMPLEMENTATIONS, choose
@@ -97,8 +96,7 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     rows = SMALL if args.small else tuple(row for row in ROWS if {row.name, row.name.split()[0]} & set(args.rows))
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}")
+    print(heading())
     errors = {}
     for name in (*args.implementations, *(["published"] if args.published else [])):
         check, what = (published_errors, args.published) if name == "published" else (gate, name)
@@ -119,21 +117,15 @@ def main() -> None:
     timed = [name for name in args.implementations if name not in failed]
     limits = ceilings(args.small)
     results = []
-    report = {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "ceilings": limits,
-        "errors": errors,
-        "rows": results,
-    }
+    report = machine() | {"ceilings": limits, "errors": errors, "rows": results}
     for row in rows:
         published = (attempt(published_times, row, args) if args.published and row.published else None) or {}
         for work in row.works:
             able = [name for name in timed if serves(name, row)]
             results.append(measure(row, work, able, limits, published.get(work), dense=not args.small))
             print(line(results[-1]), flush=True)
-            (args.out / "attention.json").write_text(json.dumps(report, indent=1))
-    plot(results, device.device_kind, args.out / "attention.png")
+            write_report(args.out / "attention.json", report)
+    plot(results, machine()["device"], args.out / "attention.png")
     if failed:
         sys.exit(1)
 
@@ -340,22 +332,6 @@ def timed(attend, arrays, repeats: int = 7) -> tuple[float, int]:
     compiled = jax.jit(run).lower(*arrays).compile()
     memory: Any = compiled.memory_analysis()
     return clocked(compiled, arrays, repeats), memory.temp_size_in_bytes + memory.output_size_in_bytes
-
-
-def clocked(compiled, arrays, repeats: int) -> float:
-    """Median ms of a call of a compiled function."""
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*arrays))
-    jax.block_until_ready(compiled(*arrays))
-    calls = max(2, min(50, int(0.2 / (time.perf_counter() - start))))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(calls):
-            out = compiled(*arrays)
-        jax.block_until_ready(out)
-        times.append(1e3 * (time.perf_counter() - start) / calls)
-    return statistics.median(times)
 
 
 def ceilings(small: bool) -> dict[str, float]:

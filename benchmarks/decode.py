@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention import clocked
 from flax import nnx
+from measuring import clocked, machine, write_report
 
 from monarch_jax.devices import on_cuda
 from monarchrt.models.vae import WanVAE, vae_config
@@ -55,7 +55,7 @@ def main() -> None:
         parser.error("there is no GPU of the kind that the kernel is for, Hopper; this times nothing else")
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats} must be at least 1")
-    report: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "layers": []}
+    report: dict[str, Any] = {**machine(), "layers": []}
     for scale, frames, features, out in LAYERS if "layers" in args.parts else ():
         row = layer((frames, args.height // scale, args.width // scale, features), out, args.repeats, args.others)
         print(json.dumps(row), flush=True)
@@ -64,7 +64,7 @@ def main() -> None:
         report["decoder"] = decoder(args.height, args.width, args.repeats)
         print(json.dumps(report["decoder"]))
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(args.out, report)
 
 
 def error(found: jax.Array, wanted: jax.Array) -> float:

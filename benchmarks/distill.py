@@ -34,6 +34,7 @@ import optax
 from attention_settings import CHECKED, EXACT, latent_shape, name_or_notation, setting
 from flax import nnx
 from jax.sharding import use_abstract_mesh
+from measuring import clock, machine, median_seconds, write_report
 
 from monarchrt.models.compiling import training_options
 from monarchrt.models.errors import UserError
@@ -263,15 +264,9 @@ def time_parts(
     seconds: dict[str, float] = {}
 
     def timed(name: str, run: Any, *arguments: Any) -> Any:
-        start = time.perf_counter()
-        results = jax.block_until_ready(run(*arguments))
-        print(f"  {name}: {time.perf_counter() - start:.1f} s, compiling included", flush=True)
-        taken = []
-        for _ in range(args.repeats):
-            start = time.perf_counter()
-            jax.block_until_ready(run(*arguments))
-            taken.append(time.perf_counter() - start)
-        seconds[name] = statistics.median(taken)
+        results, first = clock(run, *arguments)
+        print(f"  {name}: {first:.1f} s, compiling included", flush=True)
+        seconds[name] = median_seconds(lambda: run(*arguments), args.repeats, uncounted=0)
         return results
 
     rolled = timed("roll-out", roll_out, student.params, frozen)
@@ -341,9 +336,8 @@ class Update:
         compiling = time.perf_counter() - start
         needed, seconds = memory(compiled), []
         for _ in range(self.args.repeats + 1):
-            start = time.perf_counter()
-            state, metrics = jax.block_until_ready(compiled(state, {role: self.batch}))
-            seconds.append(time.perf_counter() - start)
+            (state, metrics), taken = clock(compiled, state, {role: self.batch})
+            seconds.append(taken)
         devices = devices_of(self.args.placement)
         row = {
             "update": role,
@@ -430,8 +424,7 @@ def main() -> None:
         if not mesh_error <= MAX_MESH_ERROR:
             raise SystemExit(f"that is more than {MAX_MESH_ERROR:.0e}")
     report: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **machine(),
         "error": error,
         "gradient_error": gradient_error,
         "mesh": args.mesh,
@@ -440,10 +433,9 @@ def main() -> None:
         "published": theirs,
         "rows": [],
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     for name in args.attention:
         report["rows"] += measure(name, args)
-        (args.out / "distill.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_report(args.out / "distill.json", report)
     pairs = {name: sum(row["seconds"] for row in report["rows"] if row["attention"] == name) for name in args.attention}
     for name, seconds in pairs.items():
         print(f"{' and '.join(args.updates)}, {name}: {seconds:.2f} s ({pairs[args.attention[0]] / seconds:.2f}x)")

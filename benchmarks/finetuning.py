@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from measuring import machine, write_report
 
 from monarchrt.models.attention.base import Attention
 from monarchrt.models.attention.notation import parse as parse_attention
@@ -260,8 +261,8 @@ def main() -> None:
         smaller = "--size 8 14 --dense-steps 400 --steps 100 --seeds 0"
         print(f"note: there is no GPU; what a CPU does in minutes is {smaller}", file=sys.stderr)
     rows = rows_of(args, run(args, clips))
-    report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "seeds": args.seeds, "rows": rows}
-    (args.out / "finetuning.json").write_text(json.dumps(report, indent=1) + "\n")
+    report = machine() | {"seeds": args.seeds, "rows": rows}
+    write_report(args.out / "finetuning.json", report)
     print(f"\nheld-out loss, {len(args.seeds)} seeds, 4 x {args.size[0]} x {args.size[1]} tokens\n")
     for row in rows:
         text = f"{row['kept']:6.1%}  {row['before']:.4f} -> {row['after']:.4f}"

@@ -28,7 +28,6 @@ Writes generate.json into --out.
 import argparse
 import contextlib
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -41,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from attention_settings import CHECKED, NAMED, name_or_notation, setting
 from flax import nnx
+from measuring import clock, heading, machine, median_seconds, write_report
 
 from monarch_jax.backends import IMPLEMENTATIONS
 from monarchrt.models.errors import UserError
@@ -91,13 +91,12 @@ def main() -> None:
     except (UserError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     args.out.mkdir(parents=True, exist_ok=True)
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}; {sizes.frames} frames at {sizes.height}x{sizes.width}")
+    print(f"{heading()}; {sizes.frames} frames at {sizes.height}x{sizes.width}")
     error = check(args, places)
     print(f"{CHECKED} by {args.implementation or 'the default'} against XLA: relative error {error:.1e}")
     if not error <= MAX_ERROR:
         sys.exit(f"the error is above {MAX_ERROR:.0e}; nothing is timed")
-    report: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, **dataclasses.asdict(sizes)}
+    report: dict[str, Any] = {**machine(), **dataclasses.asdict(sizes)}
     report |= {
         "implementation": args.implementation,
         "mode": args.mode,
@@ -121,7 +120,7 @@ def main() -> None:
                 row["with_text"] = report["text"] + row["end_to_end"]
             report["rows"].append(row)
             print(line(row), flush=True)
-            (args.out / "generate.json").write_text(json.dumps(report, indent=1))
+            write_report(args.out / "generate.json", report)
     compare(report["rows"])
     # a whole clip has no stream that would wait: its later frames are decoded by a program of their own
     if args.mode == "autoregressive" and any(row.get("compiled_later") for row in report["rows"]):
@@ -240,24 +239,13 @@ def check(args: argparse.Namespace, places: dict[str, Place]) -> float:
     return max(errors[False])
 
 
-def median(call: Callable[[], Any], repeats: int) -> float:
-    """Seconds of one call, which waits for its result; the first one compiles and does not count."""
-    call()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
 def time_text(sizes: Sizes, repeats: int) -> float:
     """Seconds for one prompt of 512 tokens; the encoder is let go of afterwards."""
     encoder = built(lambda: UMT5Encoder(umt5_config(sizes.umt5), **half()))
     graph, arrays = nnx.split(encoder)
     ids, mask = jnp.ones((1, 512), jnp.int32), jnp.ones((1, 512), bool)
     encode = jax.jit(lambda arrays: nnx.merge(graph, arrays)(ids, mask))
-    return median(lambda: encode(arrays).block_until_ready(), repeats)
+    return median_seconds(lambda: encode(arrays).block_until_ready(), repeats)
 
 
 def time_vae(decoder: WanDecoder, sizes: Sizes, repeats: int) -> float:
@@ -273,7 +261,7 @@ def time_vae(decoder: WanDecoder, sizes: Sizes, repeats: int) -> float:
             parts.append(frames)
         jax.device_get(parts)
 
-    return median(decode, repeats)
+    return median_seconds(decode, repeats)
 
 
 def latent_size(decoder: WanDecoder, sizes: Sizes) -> tuple[int, int]:
@@ -301,12 +289,10 @@ def time_video(pipeline: VideoPipeline, plan: Plan, repeats: int) -> dict[str, A
         later.append(len(programs))
 
     if pipeline.decoder is None:
-        return {"transformer": median(transformer, repeats), "tile": plan.config.tile}
-    begin = time.perf_counter()
-    end_to_end()
-    compile_seconds = time.perf_counter() - begin
-    whole = median(end_to_end, repeats)
-    alone = median(transformer, repeats)
+        return {"transformer": median_seconds(transformer, repeats), "tile": plan.config.tile}
+    _, compile_seconds = clock(end_to_end)
+    whole = median_seconds(end_to_end, repeats)
+    alone = median_seconds(transformer, repeats)
     return {
         "transformer": alone,
         "end_to_end": whole,

@@ -20,9 +20,7 @@ import argparse
 import collections
 import dataclasses
 import functools
-import json
 import re
-import statistics
 import sys
 import tempfile
 import time
@@ -35,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from attention_settings import CHECKED, NAMED, name_or_notation, setting
 from flax import nnx
+from measuring import heading, machine, median_seconds, write_report
 
 from monarch_jax.backends import IMPLEMENTATIONS
 from monarchrt.models.attention.registry import exact
@@ -83,9 +82,8 @@ def main() -> None:
     """Checks, times, prints, writes."""
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    device = jax.devices()[0]
     peak = product_rate(args.small)
-    print(f"{device.device_kind}, jax {jax.__version__}; a large product runs at {peak / 1e12:.0f} TFLOP/s")
+    print(f"{heading()}; a large product runs at {peak / 1e12:.0f} TFLOP/s")
     error = check(args)
     print(f"{CHECKED} by {args.implementation or 'the default'} against XLA: relative error {error:.1e}")
     if not error <= MAX_ERROR:
@@ -95,11 +93,11 @@ def main() -> None:
         for attention in args.attention:
             results.append({"case": case, "attention": attention} | measure(case, attention, args, peak))
             print(line(results[-1]), flush=True)
-            report = {"device": device.device_kind, "jax": jax.__version__, "product_rate": peak, "error": error}
+            report = machine() | {"product_rate": peak, "error": error}
             report |= {"implementation": args.implementation, "keep_intermediates": args.keep_intermediates}
             report |= {"remat": args.remat, "unroll_layers": args.unroll_layers, "passes": args.passes}
             report |= {"repeats": args.repeats, "rows": results}
-            (args.out / "model.json").write_text(json.dumps(report, indent=1))
+            write_report(args.out / "model.json", report)
 
 
 def parse() -> argparse.Namespace:
@@ -181,7 +179,7 @@ def measure(case: str, attention: str, args: argparse.Namespace, peak: float) ->
     build = {"cached chunk": cached, "training": training}.get(case, forward)
     timed = build(config, clip)
     result: dict[str, Any] = {
-        "ms": 1e3 * median_seconds(timed.call, args.repeats),
+        "ms": 1e3 * median_seconds(timed.call, args.repeats, uncounted=2),
         "memory_gb": memory(timed.compiled).arrays / 1e9,
         "compile_seconds": timed.compile_seconds,
         "tflop": timed.flops / 1e12,
@@ -307,16 +305,6 @@ def compile_timed(function, *arguments, **static) -> tuple[Any, float]:
     return compiled, time.perf_counter() - start
 
 
-def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median of single calls, each waited for, after two that are not counted."""
-    seconds = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])
-
-
 def product_rate(small: bool) -> float:
     """Arithmetic rate of a large bfloat16 matrix product, in FLOP/s."""
     n = 512 if small else 8192
@@ -326,7 +314,7 @@ def product_rate(small: bool) -> float:
     def chain(x):
         return jax.lax.fori_loop(0, 10, lambda _, y: (x @ y) * n**-0.5, x)
 
-    return 10 * 2 * n**3 / median_seconds(lambda: chain(x), 5)
+    return 10 * 2 * n**3 / median_seconds(lambda: chain(x), 5, uncounted=2)
 
 
 KINDS = (

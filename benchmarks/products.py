@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from attention import clocked
 from jaxtyping import Array
+from measuring import clocked, heading
 
 from monarch_jax.devices import on_cuda
 from monarchrt.models.compiling import LIBRARY_PRODUCTS
@@ -57,7 +57,7 @@ def main() -> None:
     parser.parse_args()
     if not on_cuda(capability=9):
         parser.error("there is no GPU with FP8 products, Hopper or later; this times nothing else")
-    print(jax.devices()[0].device_kind, jax.__version__)
+    print(heading())
     for name, (inner, outer) in SHAPES.items():
         keys = jax.random.split(jax.random.key(0), 2)
         x = jax.random.normal(keys[0], (TOKENS, inner), jnp.bfloat16)

@@ -15,7 +15,6 @@ Writes rollout.json into --out.
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import numpy as np
 from attention_settings import EXACT, NAMED, setting
 from flax import nnx
 from generate import TINY, TRUE, Sizes, built
+from measuring import machine, write_report
 
 from monarchrt.models.attention.base import Attention
 from monarchrt.models.generate.config import GenerateConfig
@@ -57,10 +57,9 @@ def main() -> None:
         in_eight = latents(model, eight, sizes)
         rows.append(row | {EIGHT: distances(in_eight, right), f"{EIGHT} from bfloat16": distances(in_eight, in_half)})
         print(line(rows[-1]), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **dataclasses.asdict(sizes)}
+    report = machine() | dataclasses.asdict(sizes)
     report |= {"attention": str(half), "layers": args.layers, "rows": rows}
-    (args.out / "rollout.json").write_text(json.dumps(report, indent=1))
+    write_report(args.out / "rollout.json", report)
 
 
 def parse() -> argparse.Namespace:

@@ -13,7 +13,6 @@ compiles for H200s on a machine without a GPU (with the CUDA plugin of JAX all t
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -26,6 +25,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, use_abstract_mesh
+from measuring import machine, write_report
 
 from monarchrt.models.attention.notation import parse
 from monarchrt.models.collectives import collectives, summary
@@ -200,8 +200,8 @@ def main():
         check(meshes)
     rows: list[dict[str, Any]] = []
     report = {
-        "device": jax.devices()[0].device_kind if options.ahead is None else f"none: compiled for {options.ahead}",
-        "jax": jax.__version__,
+        **machine(),
+        **({} if options.ahead is None else {"device": f"none: compiled for {options.ahead}"}),
         "options": vars(options) | {"out": None},
         "rows": rows,
     }
@@ -220,7 +220,7 @@ def main():
                     other["rate"] = other["clips"] / other["devices"] / other["ms"] * one["ms"] / one["clips"]
         print(line(row), flush=True)
         if options.out is not None:
-            options.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
+            write_report(options.out, report, default=str)
 
 
 if __name__ == "__main__":

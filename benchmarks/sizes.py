@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from attention import ROWS, Row, relative_error
+from measuring import calls_within, heading, machine, milliseconds, write_report
 
 from monarchrt.pallas_kernels.sm90 import tuning
 from monarchrt.pallas_kernels.sm90.backward import backward
@@ -58,8 +58,7 @@ def main() -> None:
         if all(x <= MAX_DIFFERENCE for x in differences.values()):  # NaN is not
             runs[-1] = run
     times = rounds([run for run in runs if run], arrays, args.rounds)
-    device = jax.devices()[0].device_kind
-    print(f"{args.row}, {args.work}, {device}, jax {jax.__version__}; median ms of {args.rounds} rounds")
+    print(f"{args.row}, {args.work}, {heading()}; median ms of {args.rounds} rounds")
     for run, result in zip(runs, results, strict=True):
         name = json.dumps(result["change"]) if result["change"] else "present sizes"
         if "error" in result:
@@ -74,8 +73,8 @@ def main() -> None:
         share = result["ms"] / results[0]["ms"]
         print(f"{result['ms']:8.3f} ms  {share:6.1%}  {result['bytes'] / 1e9:.2f} GB  {same}  {name}")
     args.out.mkdir(parents=True, exist_ok=True)
-    report = {"device": device, "jax": jax.__version__, "row": args.row, "work": args.work, "results": results}
-    (args.out / "sizes.json").write_text(json.dumps(report, indent=1))
+    report = machine() | {"row": args.row, "work": args.work, "results": results}
+    write_report(args.out / "sizes.json", report)
     if None in runs:
         sys.exit(1)
 
@@ -159,18 +158,12 @@ def call(work: str, config):
 def rounds(runs: list, arrays: tuple[jax.Array, ...], count: int) -> list[float]:
     """Median ms of each; calls are sent without waiting for each other."""
     jax.block_until_ready(runs[0](*arrays))
-    start = time.perf_counter()
-    jax.block_until_ready(runs[0](*arrays))
-    calls = max(2, min(50, int(0.05 / (time.perf_counter() - start))))
+    calls = calls_within(0.05, milliseconds(runs[0], arrays, 1) / 1e3)
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(count):
         for run, taken in zip(runs, times, strict=True):
             jax.block_until_ready(run(*arrays))
-            start = time.perf_counter()
-            for _ in range(calls):
-                out = run(*arrays)
-            jax.block_until_ready(out)
-            taken.append(1e3 * (time.perf_counter() - start) / calls)
+            taken.append(milliseconds(run, arrays, calls))
     return [statistics.median(taken) for taken in times]
 
 

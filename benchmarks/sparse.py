@@ -19,12 +19,14 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import attention_settings
 import jax
 import jax.numpy as jnp
-from attention import MAX_ERROR, attempt, clocked, dense_attention, timed, with_gradients
+from attention import MAX_ERROR, attempt, dense_attention, timed, with_gradients
+from measuring import clocked, heading, machine, write_report
 
 from monarch_jax.block_mask import kernel_sides
 from monarch_jax.block_sparse import block_sparse_attention
@@ -88,10 +90,9 @@ def main() -> None:
     heads, dim = (2, 16) if args.small else (12, 128)
     shape = (1, grid[0] * grid[1] * grid[2], heads, dim)
     arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)]
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}, {args.size if not args.small else 'small'} {grid}")
+    print(f"{heading()}, {args.size if not args.small else 'small'} {grid}")
     others: list[dict] = []
-    report = {"device": device.device_kind, "jax": jax.__version__, "grid": grid, "others": others, "rows": []}
+    report: dict[str, Any] = {**machine(), "grid": grid, "others": others, "rows": []}
     dense = {}
     if not args.small:
         dense = times(dense_attention, arrays)
@@ -115,8 +116,7 @@ def main() -> None:
         if row is not None:
             report["rows"].append(row)
             show(row, dense)
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"sparse_{'small' if args.small else args.size}.json").write_text(json.dumps(report, indent=1))
+        write_report(args.out / f"sparse_{'small' if args.small else args.size}.json", report)
     print(f"{time.perf_counter() - began:.0f} s")
     if failed:
         sys.exit(f"error: {', '.join(failed)} failed, or is above {MAX_ERROR:.0e}, and is not timed.")

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from attention_settings import CHECKED, EXACT, latent_shape, name_or_notation, setting
 from flax import nnx
+from measuring import clock, machine, write_report
 
 from monarchrt.models.memory import memory
 from monarchrt.models.wan import WanConfig, WanModel, wan_config
@@ -105,14 +106,13 @@ def main() -> None:
                 row = {"stage": name, "attention": attention, "error": "out of memory"}
             report["rows"].append(row)
             print(line(report["rows"][-1]), flush=True)
-            (args.out / "stages.json").write_text(json.dumps(report, indent=1))
+            write_report(args.out / "stages.json", report)
 
 
 def opened(args: argparse.Namespace) -> dict[str, Any]:
     """The report without rows, after the check; or that of --after, whose check stands."""
     report: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **machine(),
         "last": args.last,
         "solver_steps": SOLVER_STEPS,
     }
@@ -275,9 +275,8 @@ def measure(name: str, attention: str, args: argparse.Namespace) -> dict[str, An
     seconds = []
     compiling = time.perf_counter() - begin
     for _ in range(args.repeats + 1):
-        start = time.perf_counter()
-        finite = bool(call())
-        seconds.append(time.perf_counter() - start)
+        finite, taken = clock(call)
+        seconds.append(taken)
     needed = memory(compiled)
     return {
         "stage": name,
@@ -286,7 +285,7 @@ def measure(name: str, attention: str, args: argparse.Namespace) -> dict[str, An
         "memory_gb": needed.arrays / 1e9,
         "state_gb": needed.arguments / 1e9,
         "start_seconds": compiling,
-        "finite": finite,
+        "finite": bool(finite),
     }
 
 
