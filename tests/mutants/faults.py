@@ -160,7 +160,7 @@ FAULTS = (
         MOSAIC,
         "shared_memory",
     ),
-    Fault("monarch_jax/intermediates.py", "top / LARGEST", "top / 240", EIGHT, "the_definition"),
+    Fault("monarch_jax/intermediates.py", "BFLOAT16) / LARGEST", "BFLOAT16) / 240", EIGHT, "the_definition"),
     Fault(
         "pallas_kernels/sm90/left_e4m3.py",
         "jnp.full_like(word, 16)) if which else word & UPPER",
