@@ -45,11 +45,32 @@ def fetch(name: str, patterns: Iterable[str], *, revision: str | None = None) ->
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = _reason(error)
         hint = "; if it is a run folder, it is not here" if _may_be_a_run(name) else ""
         raise ValueError(
             f"path={name!r} does not exist here and cannot be downloaded from the hub: {reason}{hint}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a download failed: in words of our own for the usual errors, whose messages are long; else the message.
+
+    Examples:
+        >>> _reason(ValueError("no space\\nleft."))
+        'no space left'
+    """
+    names = {kind.__name__ for kind in type(error).__mro__}
+    known = next((text for name, text in _REASONS.items() if name in names), None)
+    return known or " ".join(str(error).split()).rstrip(".")
+
+
+_REASONS = {  # names of errors, as huggingface_hub is imported only for a download; the more special ones first
+    "GatedRepoError": "its owner grants access on its page there; ask for it, then log in with `hf auth login`",
+    "RepositoryNotFoundError": "there is no such repository, or it is private; log in with `hf auth login`",
+    "RevisionNotFoundError": "it has no such revision",
+    "LocalEntryNotFoundError": "it cannot be reached, and the local cache does not have the files",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and the local cache does not have the files",
+}
 
 
 def _may_be_a_run(name: str) -> bool:

@@ -20,6 +20,7 @@ from tests.untyped import untyped
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
+errors = pytest.importorskip("huggingface_hub.errors")
 
 OFFICIAL = (
     *("config.json", "diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"),
@@ -130,7 +131,7 @@ def test_the_cache_serves_without_a_network(monkeypatch, tmp_path):
     apart = config(checkpoint=str(elsewhere), components=Path("wan/official"))
     assert find_components(apart, elsewhere).text_encoder == folder / "models_t5_umt5-xxl-enc-bf16.pth"
     shutil.rmtree(storage)
-    said = "does not exist here and cannot be downloaded from the hub: Cannot"
+    said = "does not exist here and cannot be downloaded from the hub: it cannot be reached"
     with pytest.raises(UserError, match=f"'wan/official' {said}") as caught:
         find_components(apart, elsewhere)
     assert "run folder" not in str(caught.value)
@@ -138,6 +139,24 @@ def test_the_cache_serves_without_a_network(monkeypatch, tmp_path):
     for name in ("runs/few", "mine/few"):
         with pytest.raises(ValueError, match=f"'{name}' {said}.*[^.]; if it is a run folder, it is not here$"):
             fetch(name, ["*"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (errors.GatedRepoError, "its owner grants access on its page there; ask for it, then log in"),
+        (errors.RepositoryNotFoundError, "there is no such repository, or it is private; log in"),
+        (errors.RevisionNotFoundError, "it has no such revision"),
+        (errors.LocalEntryNotFoundError, "it cannot be reached, and the local cache does not have the files"),
+    ],
+)
+def test_why_a_download_failed_is_said_in_short(monkeypatch, kind, said):
+    def fail(*args, **options):
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ValueError, match=f"'no-such-owner/x' does not exist here and .* from the hub: {said}"):
+        fetch("no-such-owner/x", ["*"])
 
 
 @pytest.mark.parametrize("format", ["official", "diffusers", "orbax"])
