@@ -27,6 +27,9 @@ from monarchrt.pallas_kernels.sm90.roles import Role
 from monarchrt.pallas_kernels.sm90.shared import LOG2E
 from monarchrt.pallas_kernels.sm90.types import Index, Ref
 
+FACTORS = jnp.float16  # what the products are of
+ALPHA, BIAS, TOTAL = range(3)  # of a pair: its score times one, less another; its weight times a third
+
 
 def left_e4m3_role(
     q: jax.ShapeDtypeStruct,
@@ -82,10 +85,6 @@ def left_e4m3_role(
         groups=wide + 1,
         blocks=min(config.blocks, items.count),
     )
-
-
-FACTORS = jnp.float16  # what the products are of
-ALPHA, BIAS, TOTAL = range(3)  # of a pair: its score times one, less another; its weight times a third
 
 
 class _Ring:

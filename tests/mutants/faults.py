@@ -163,10 +163,18 @@ FAULTS = (
     Fault("monarch_jax/intermediates.py", "BFLOAT16) / LARGEST", "BFLOAT16) / 240", EIGHT, "the_definition"),
     Fault(
         "pallas_kernels/sm90/left_e4m3.py",
-        "jnp.full_like(word, 16)) if which else word & UPPER",
-        "jnp.full_like(word, 16))",
+        "lax.bitcast_convert_type(word & UPPER, jnp.float32)",
+        "lax.bitcast_convert_type(word, jnp.float32) * 1.1",
         MOSAIC_EIGHT,
         "numbers_in",
+    ),
+    Fault("pallas_kernels/sm90/left_e4m3.py", "c - jnp.log2(y)", "c - jnp.log2(y + 1)", MOSAIC_EIGHT, "far_apart"),
+    Fault(
+        "pallas_kernels/sm90/left_e4m3.py",
+        "TOTAL: jnp.where(there, 1 / y,",
+        "TOTAL: jnp.where(there, 1,",
+        MOSAIC_EIGHT,
+        "far_apart",
     ),
     Fault("pallas_kernels/sm90/shared.py", "LOG2E = math.log2(math.e)", "LOG2E = 1.0", MOSAIC, "numbers_in"),
     Fault(
