@@ -39,7 +39,8 @@ def run_header(
     """
     lines = [_network(config, template, role, latent_shape, networks[role]) for role in template.roles]
     lines += dict.fromkeys(line for role in config.objective.training for line in _narrow(networks[role]))
-    lines += [line for role in config.objective.training for line in undecayed(config, role)]
+    for role in config.objective.training:
+        lines += [*undecayed(config, role), *not_reached(config, role)]
     run = config.run
     lines += few_examples(held_out, run.eval_windows)
     origin = config.origin(config.objective.exported) or "scratch"
@@ -129,6 +130,26 @@ def undecayed(config: TrainConfig, role: str) -> list[str]:
         f"warning: {decay} is {settings.decay_steps}, but {schedule} is constant, so the learning rate does not "
         f"change; give --{schedule.replace('_', '-')} cosine or linear"
     ]
+
+
+def not_reached(config: TrainConfig, role: str) -> list[str]:
+    """Warnings if the warm-up does not end in the run, or the moving average does not start."""
+    settings, steps = config.trained(role), config.run.steps
+    warmup, start, decay = (config.option(role, name) for name in ("warmup", "ema_start", "ema_decay"))
+    lines = []
+    if settings.warmup > steps:
+        lines.append(
+            f"warning: {warmup} is {settings.warmup} and the run has {steps} steps, so the learning rate stays below "
+            f"{settings.learning_rate:g}; give a smaller --{warmup.replace('_', '-')}"
+        )
+    if settings.ema_start and settings.ema_decay is None:
+        lines.append(f"warning: {start} is {settings.ema_start}, but {decay} is None, so there is no moving average")
+    elif settings.ema_start >= steps:
+        lines.append(
+            f"warning: {start} is {settings.ema_start} and the run has {steps} steps, so the moving average is the "
+            f"last parameters; give a smaller --{start.replace('_', '-')}"
+        )
+    return lines
 
 
 def few_examples(held_out: int, windows: int) -> list[str]:

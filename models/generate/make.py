@@ -82,7 +82,8 @@ def check_outputs(config: GenerateConfig, *, also_read: Mapping[str, Path] | Non
     outputs |= {name: path for name, path in tensors.items() if path is not None}
     named = {name: getattr(config, name) for name in (*NAMES_FILES, "compare") if name != "lora"}
     read = {name: Path(value) for name, value in named.items() if value is not None}
-    read |= {f"lora {text}": Path(parse_scaled(text)[0]) for text in config.lora}
+    with user_input():
+        read |= {f"lora {text}": Path(parse_scaled(text)[0]) for text in config.lora}
     inputs = {name: path for name, path in (read | dict(also_read or {})).items() if path.exists()}
     _check_collisions(outputs, inputs)
     for name, path in outputs.items():

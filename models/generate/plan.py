@@ -4,6 +4,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import jax
+
 from monarchrt.models.attention.base import Attention, leaves
 from monarchrt.models.attention.densities import FULL, NetworkDensity, density_of_network
 from monarchrt.models.attention.notation import parse
@@ -11,8 +13,10 @@ from monarchrt.models.attention.registry import EXACT, SHORT, exact
 from monarchrt.models.errors import UserError, printable, user_input
 from monarchrt.models.generate.config import NO_CONDITION, STORED, GenerateConfig
 from monarchrt.models.sampling import Rollout, Windows
+from monarchrt.models.sampling.rollout import cache_room
 from monarchrt.models.sampling.tables import sampler_table
 from monarchrt.models.wan import WanConfig
+from monarchrt.models.wan.causal import cache_shape, empty_runs
 from monarchrt.models.wan.checkpoints.settings import Trained
 from monarchrt.models.wan.rope import MAX_POSITIONS
 
@@ -487,8 +491,32 @@ def check_attention(plan: Plan, model: WanConfig) -> NetworkDensity:
     block = settings.block if isinstance(settings, Rollout) else None
     steps = settings.table().steps
     with user_input():
+        if isinstance(settings, Rollout) and settings.sink_frames:
+            _check_sinks(settings, plan, dataclasses.replace(model, attention=plan.attention))
         grid = model.token_grid(whole, *plan.latents[1:])
         return density_of_network(plan.attention, model.num_layers, grid, causal_block=block, steps=steps)
+
+
+def _check_sinks(settings: Rollout, plan: Plan, model: WanConfig) -> None:
+    """Raises ValueError unless the layers' caches can hold the sinks, which may have to be whole tiles."""
+    frames, height, width = plan.latents
+    shape = cache_shape(model, 1, height=height, width=width, **cache_room(frames, settings))
+    jax.eval_shape(lambda: empty_runs(model, shape))
+
+
+def _nearest_window(settings: Rollout | Windows, unit: int) -> int:
+    """The largest window of whole units up to the given one, or the smallest with room for what it must hold.
+
+    Args:
+        settings: The sampling, with a window.
+        unit: Latent frames of a tile.
+    """
+    if isinstance(settings, Rollout):
+        block = settings.block if settings.block % unit == 0 else unit
+        least = block + settings.sink_frames
+    else:
+        least = settings.context + 1
+    return max((settings.window or 0) // unit, -(-least // unit)) * unit
 
 
 def _sizes_for(setting: Attention, plan: Plan, model: WanConfig) -> str:
@@ -507,6 +535,8 @@ def _sizes_for(setting: Attention, plan: Plan, model: WanConfig) -> str:
         advice.append(f"block {frames}")
         if count != plan.latents[0] and plan.frames_given:
             advice.append(f"frames {1 + (count - 1) * plan.temporal}")
+    if plan.settings.window is not None and plan.settings.window % (unit[0] * patch[0]):
+        advice.append(f"window {_nearest_window(plan.settings, unit[0] * patch[0])}")
     for name, at in (("height", 1), ("width", 2)):
         size = unit[at] * patch[at] * plan.spatial
         pixels = plan.latents[at] * plan.spatial

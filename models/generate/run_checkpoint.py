@@ -41,6 +41,7 @@ NOT_OF_RUNS = {
     "weights": "has one set of weights",
     "num_heads": "knows its heads",
     "head_dim": "knows its heads",
+    "embeddings": "was trained without text",
     "save_embeddings": "was trained without text",
     "guidance": "was trained without text",
 }
@@ -124,7 +125,7 @@ class RunCheckpoint:
         plan = make_plan(config, defaults=defaults, model=sizes, spatial=decoder.spatial, temporal=decoder.temporal)
         for note in plan.notes:
             report(note)
-        if config.prompt or config.negative_prompt or config.embeddings:
+        if config.prompt or config.negative_prompt:
             report(f"note: {path} was trained without text; the prompt has no effect")
         self.check_same(config)
         initial = _begin(plan, decoder, self.run, report)

@@ -264,6 +264,25 @@ def test_an_end_of_a_learning_rate_that_stays_is_warned_of():
         assert lines(objective) == lines(objective, decay_steps=9, schedule="linear") == []
 
 
+def test_a_run_that_ends_before_its_warm_up_or_average_is_warned_of():
+    def lines(objective, **optimizer):
+        optimizer = OptimizerConfig(**optimizer)
+        return header.not_reached(
+            TrainConfig(objective=objective, optimizer=optimizer, run=RunConfig(steps=5)), "student"
+        )
+
+    for objective, prefix in ((FlowConfig(), ""), (DMDConfig(), "student.")):
+        assert lines(objective, warmup=5, ema_start=4) == lines(objective, ema_decay=None) == []
+        (line,) = lines(objective, warmup=6)
+        assert line.startswith(
+            f"warning: {prefix}warmup is 6 and the run has 5 steps, so the learning rate stays below"
+        )
+        (line,) = lines(objective, ema_start=5)
+        assert line.startswith(f"warning: {prefix}ema_start is 5 and the run has 5 steps, so the moving average is")
+        (line,) = lines(objective, ema_start=4, ema_decay=None)
+        assert line == f"warning: {prefix}ema_start is 4, but {prefix}ema_decay is None, so there is no moving average"
+
+
 def test_fewer_held_out_examples_than_asked_for_are_noted():
     said = "held out, so the held-out loss uses"
     assert header.few_examples(3, 4) == [f"note: only 3 examples are {said} 3 instead of --eval-windows 4"]

@@ -207,6 +207,7 @@ class TestRun:
             (["--components", "x"], "components is x, but checkpoint {run} is a run folder, which needs no other"),
             (["--weights", "generator"], "weights is generator, but checkpoint {run} is a run folder, which has one"),
             (["--save-embeddings", "e"], "save_embeddings is e, but checkpoint {run} is a run folder, which was"),
+            (["--embeddings", "nowhere"], "embeddings is nowhere, but checkpoint {run} is a run folder, which was"),
             (["--guidance", "7"], "guidance is 7.0, but checkpoint {run} is a run folder, which was trained without"),
         ],
     )

@@ -94,6 +94,12 @@ class TestSettingsOfAFile:
 
 
 class TestFiles:
+    @pytest.mark.parametrize("lora", ["style.safetensors:nan", ":0.8", "style.safetensors:-inf"])
+    def test_a_lora_without_a_file_or_strength(self, baseline, tmp_path, error, lora):
+        """It ended in a traceback."""
+        assert generate("--checkpoint", baseline, *QUICK, "--out", tmp_path / "a.mp4", "--lora", lora) == 2
+        assert f"lora {lora!r} has no file or no finite strength; write FILE or FILE:0.8" in error()
+
     @pytest.mark.parametrize("option", ["--save-noise", "--save-latents"])
     def test_nothing_is_replaced_unasked(self, baseline, tmp_path, error, option):
         mine = tmp_path / "mine"

@@ -137,6 +137,10 @@ class TestRefusals:
                 dict(window=3, sink_frames=3, frames=93),
                 "window=3 frames has no room for a block of 3 and sink_frames=3",
             ),
+            (
+                dict(window=12, sink_frames=2, frames=93, tile=(3, 30, 52)),
+                "sink_frames=2 is not a multiple of the tile's 3 frames, below frames=12",
+            ),
             (dict(num_iters=3), "num_iters is 3, which goes with a tile or with attention monarch; .* 'stored'"),
             (dict(attention="dense", implementation="xla"), "implementation is 'xla', which goes with a tile"),
             (dict(zoom=40), "zoom is 40: the file would have 19200 x 33280 pixels, .* use at most 19"),
@@ -188,6 +192,16 @@ class TestRefusals:
             (dict(tile=(2, 30, 52)), "; give block 2, or another tile$"),  # the frames follow
             (dict(tile=(2, 30, 52), frames=81), "; give block 2 and frames 77, or another tile$"),
             (dict(tile=(2, 30, 52), frames=45), "; give block 2, or another tile$"),  # 12 latents are whole blocks
+            (dict(tile=(3, 30, 52), window=20), "20 frames of grid.*; give window 18, or another tile$"),
+            (dict(tile=(3, 30, 52), window=7, sink_frames=4), "; give window 9, or another tile$"),
+            (dict(tile=(4, 30, 52), window=99), "; give block 4 and window 96, or another tile$"),
+            (dict(tile=(2, 30, 52), window=5, sink_frames=2), "; give block 2 and window 4, or another tile$"),
+            (
+                dict(tile=(4, 30, 52), mode="windows", window=99),
+                "99 frames of grid.*; give window 96, or another tile$",
+            ),
+            (dict(tile=(4, 30, 52), mode="windows", window=3), "; give window 4, or another tile$"),
+            (dict(tile=(4, 30, 52), mode="windows", window=6, context=4), "; give window 8, or another tile$"),
         ],
     )
     def test_sizes_for_a_tile(self, given, advice):
