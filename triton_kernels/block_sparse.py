@@ -56,7 +56,15 @@ def use(configs: SparseConfigs) -> Iterator[None]:
 
 
 def key_of(*, rows: int, columns: int, dim: int, itemsize: int, listed: int | None = None) -> str:
-    """Key of a tuned entry; lists of at most `FEW` blocks of keys may have one of their own."""
+    """Key of a tuned entry; lists of at most `FEW` blocks of keys may have one of their own.
+
+    Args:
+        rows: Most queries in a block.
+        columns: Most keys in a block.
+        dim: Channels per head.
+        itemsize: Bytes of a number.
+        listed: Most blocks of keys in a list; None: unknown.
+    """
     few = " few" if listed is not None and listed <= FEW else ""
     return f"sparse rows={rows} columns={columns} dim={dim} itemsize={itemsize}{few}"
 
@@ -88,6 +96,17 @@ def configs(
     """The tuned configs of a device for blocks of so many queries and keys, the user's first; else `heuristic`.
 
     Of lists of few blocks, what an entry of their own says, over what the one for any says.
+
+    Args:
+        where: The device.
+        rows: Most queries in a block.
+        columns: Most keys in a block.
+        dim: Channels per head.
+        itemsize: Bytes of a number.
+        listed: Most blocks of keys in a list; None: unknown.
+
+    Returns:
+        The configs.
     """
     if (chosen := _CONFIGS.get()) is not None:
         return chosen
@@ -103,7 +122,18 @@ def _parsed(value: Any) -> Any:
 
 
 def heuristic(where: Target, *, rows: int, columns: int, dim: int, itemsize: int) -> SparseConfigs:
-    """Configs that fit every supported card, from the shape alone."""
+    """Configs that fit every supported card, from the shape alone.
+
+    Args:
+        where: The device.
+        rows: Most queries in a block.
+        columns: Most keys in a block.
+        dim: Channels per head.
+        itemsize: Bytes of a number.
+
+    Returns:
+        The configs.
+    """
     big = where.compute_capability in (80, 90, 100)  # 164 KB of shared memory or more; others have 99
     heavy = itemsize * max(64, power_of_two(dim)) > 256  # a row is longer than 128 halves
     side = 32 if heavy else 64
@@ -133,6 +163,15 @@ def kept(problem: "SparseProblem", q: Any, queries: "Side", chosen: SparseConfig
     """Scores' gradients that exist at a time, [B, heads, slots, keys, queries], or None where they are not kept.
 
     Slot n of a block of queries is for entry n of its list; a slot holds whole parts of both kernels.
+
+    Args:
+        problem: Sizes of blocks.
+        q: Queries [B, N, H, D], shape and dtype.
+        queries: Lists of blocks of keys, by block of queries.
+        chosen: Sizes of the kernels, and the bytes that there are for the gradients.
+
+    Returns:
+        Shape and dtype.
     """
     product, other = chosen.sparse_query_product, chosen.sparse_key_backward
     if product is None:
@@ -160,6 +199,17 @@ def launches(
 
     Backward: dQ, and dK with dV; or, with scores' gradients that are kept, dK with dV, and dQ, for some heads after the
     others.
+
+    Args:
+        problem: Sizes of blocks, scale and band.
+        q: Queries [B, Nq, H, D], shape and dtype.
+        k: Keys [B, Nk, H, D], likewise.
+        queries: Lists of blocks of keys, by block of queries.
+        keys: Lists of blocks of queries, by block of keys.
+        chosen: Sizes of the kernels.
+
+    Returns:
+        The launches.
     """
     batch, tokens, heads, dim = q.shape
     band = problem.width is not None

@@ -161,7 +161,15 @@ def target() -> Target:
 
 
 def shape_key(*, b1: int, b2: int, dim: int, itemsize: int, few: bool = False) -> str:
-    """Key of a tuned entry; `few` for fewer query tiles than key tiles, as with a KV cache."""
+    """Key of a tuned entry; `few` for fewer query tiles than key tiles, as with a KV cache.
+
+    Args:
+        b1: Rows of a tile.
+        b2: Columns of a tile.
+        dim: Channels per head.
+        itemsize: Bytes of a number.
+        few: Whether there are fewer query tiles than key tiles, as with a KV cache.
+    """
     return f"b1={b1} b2={b2} dim={dim} itemsize={itemsize}" + " few" * few
 
 
@@ -183,6 +191,17 @@ def configs(where: Target, *, b1: int, b2: int, dim: int, itemsize: int, few: bo
     """The tuned configs of a device for a shape: the user's, else the shipped ones, else `heuristic`.
 
     With `few`, settings of the entry for few query tiles take precedence over those of the entry for the shape.
+
+    Args:
+        where: The device.
+        b1: Rows of a tile.
+        b2: Columns of a tile.
+        dim: Channels per head.
+        itemsize: Bytes of a number.
+        few: Whether there are fewer query tiles than key tiles, as with a KV cache.
+
+    Returns:
+        The configs.
     """
     chosen = _CONFIGS.get()
     if chosen is not None:
@@ -239,7 +258,18 @@ def user_file(where: Target) -> pathlib.Path:
 
 
 def heuristic(where: Target, *, b1: int, b2: int, dim: int, itemsize: int) -> Configs:
-    """Configs that every supported GPU can run, from the shape alone."""
+    """Configs that every supported GPU can run, from the shape alone.
+
+    Args:
+        where: The device.
+        b1: Rows of a tile.
+        b2: Columns of a tile.
+        dim: Channels per head.
+        itemsize: Bytes of a number.
+
+    Returns:
+        The configs.
+    """
     big = where.compute_capability in (80, 90, 100)  # 164 KB of shared memory or more; others have 99
     wide = itemsize * max(64, power_of_two(dim)) // 128  # 1: a row of 64 halves; 2: of 128 halves; 4: of 128 floats
     deep = 3 if big and wide <= 2 else 1 if wide > 2 else 2

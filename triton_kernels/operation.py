@@ -11,7 +11,19 @@ from monarchrt.triton_kernels.plan import Shape
 def forward(
     scale: float, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, *, num_iters: int = 1
 ) -> tuple[jax.Array, jax.Array]:
-    """out [B, A, b1, b2, H, D] and lse float32 [B, A, b1, b2, H]; shapes as in `triton_kernels.forward`."""
+    """out [B, A, b1, b2, H, D] and lse float32 [B, A, b1, b2, H]; shapes as in `triton_kernels.forward`.
+
+    Args:
+        scale: Softmax scale.
+        q: Queries [B, A, b1, b2, H, D].
+        k: Keys [B, C, b1, b2, H, D].
+        v: Values, like the keys.
+        visible: Key tiles that each query tile sees, int32 [A].
+        num_iters: Refinement steps.
+
+    Returns:
+        The output, like the queries, and the log-sum-exp of the last step.
+    """
     shape, where = _shape(q, k), target()
     chosen, precision = _configs(shape, where), _precision(q)
     todo = (
@@ -42,7 +54,23 @@ def backward(
     *,
     num_iters: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, dk, dv; lse of the last step and delta = <d_out, out> are float32 [B, A, b1, b2, H]."""
+    """dq, dk, dv; lse of the last step and delta = <d_out, out> are float32 [B, A, b1, b2, H].
+
+    Args:
+        scale: Softmax scale.
+        grad_tiles: Newest key tiles that get gradients; None: all.
+        q: Queries [B, A, b1, b2, H, D].
+        k: Keys [B, C, b1, b2, H, D].
+        v: Values, like the keys.
+        d_out: Cotangent of the output, like the queries.
+        lse: Log-sum-exp of the last step.
+        delta: Sums over channels of the output times its cotangent.
+        visible: Key tiles that each query tile sees, int32 [A].
+        num_iters: Refinement steps.
+
+    Returns:
+        Gradients of queries, keys and values.
+    """
     shape, where = _shape(q, k), target()
     chosen, precision = _configs(shape, where), _precision(q)
     if num_iters == 1:

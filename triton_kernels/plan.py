@@ -141,7 +141,17 @@ def forward(shape: Shape, configs: Configs, precision: str) -> Plan:
 
 
 def refined(shape: Shape, configs: Configs, precision: str, num_iters: int) -> Plan:
-    """The forward pass of several refinement steps: R and back to its next queries through L, then R and L as ever."""
+    """The forward pass of several refinement steps: R and back to its next queries through L, then R and L as ever.
+
+    Args:
+        shape: Sizes of the call.
+        configs: Sizes of the kernels.
+        precision: Precision of matrix products, as Triton names it.
+        num_iters: Refinement steps, at least 2.
+
+    Returns:
+        The plan.
+    """
     steps, pairs, tiles = _chunks(shape, configs.refine_scratch_bytes or configs.scratch_bytes)
     common = _common(shape, pairs, tiles, precision)
     rights = (configs.right_first or configs.right_forward, configs.right_again or configs.right_forward)
@@ -156,7 +166,18 @@ def refined(shape: Shape, configs: Configs, precision: str, num_iters: int) -> P
 
 
 def refined_backward(shape: Shape, configs: Configs, precision: str, grad_tiles: int | None, num_iters: int) -> Plan:
-    """All steps of a chunk again, each with a `mid` and `stats` of its own, then back from the last to the first."""
+    """All steps of a chunk again, each with a `mid` and `stats` of its own, then back from the last to the first.
+
+    Args:
+        shape: Sizes of the call.
+        configs: Sizes of the kernels.
+        precision: Precision of matrix products, as Triton names it.
+        grad_tiles: Newest key tiles that get gradients; None: all.
+        num_iters: Refinement steps, at least 2.
+
+    Returns:
+        The plan.
+    """
     steps, pairs, tiles = _chunks(shape, (configs.refine_scratch_bytes or configs.scratch_bytes) // num_iters)
     common = _common(shape, pairs, tiles, precision)
     last = num_iters - 1
@@ -270,7 +291,17 @@ def _row_blocks(shape: Shape, config: Config) -> int:
 
 
 def backward(shape: Shape, configs: Configs, precision: str, grad_tiles: int | None) -> Plan:
-    """Right again, back through left, then back through right for the keys and for the queries."""
+    """Right again, back through left, then back through right for the keys and for the queries.
+
+    Args:
+        shape: Sizes of the call.
+        configs: Sizes of the kernels.
+        precision: Precision of matrix products, as Triton names it.
+        grad_tiles: Newest key tiles that get gradients; None: all.
+
+    Returns:
+        The plan.
+    """
     steps, pairs, tiles = _chunks(shape, configs.scratch_bytes)
     common = _common(shape, pairs, tiles, precision)
     launches = [_right_forward(shape, configs.right_forward, common, save=True)]

@@ -205,7 +205,18 @@ def expected_results(arrays: list[jax.Array], configs: Configs, few: bool) -> di
 def measured(
     arrays: list[jax.Array], expected: dict[bool, tuple], configs: Configs, backward: bool, repeats: int = 5
 ) -> float:
-    """Median ms of a pass on tiles q, k, v, d_out [1, A or C, b1, b2, H, D]; infinity if it fails or is wrong."""
+    """Median ms of a pass on tiles q, k, v, d_out [1, A or C, b1, b2, H, D]; infinity if it fails or is wrong.
+
+    Args:
+        arrays: The tiles.
+        expected: Inputs and right results by pass, from `expected_results`.
+        configs: Sizes to time.
+        backward: Whether to time the backward pass.
+        repeats: Measurements, of which the median is taken.
+
+    Returns:
+        Milliseconds.
+    """
     inputs, results = expected[backward]
     try:
         run = compiled(arrays, configs, backward)

@@ -90,7 +90,15 @@ def read_videos(video: Path, *, height: int, width: int, stride: int, fps: float
 
 
 def cut(frames: UInt8[np.ndarray, "T H W 3"], start: int, *, window: int, height: int, width: int) -> np.ndarray:
-    """Returns one window, cropped in the middle, uint8 [window, height, width, 3]."""
+    """Returns one window, cropped in the middle, uint8 [window, height, width, 3].
+
+    Args:
+        frames: The clip.
+        start: Index of the window's first frame.
+        window: Number of frames.
+        height: Height in pixels, at most the clip's.
+        width: Width in pixels, likewise.
+    """
     top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
     return frames[start : start + window, top : top + height, left : left + width]
 

@@ -533,7 +533,19 @@ class LiveRollout:
 
 
 def check_room(model: WanModel, text: Array, *, frames: int, height: int, width: int, rollout: Rollout) -> None:
-    """Raises ValueError unless the cache of `start_cache` is valid for model and text; computes nothing."""
+    """Raises ValueError unless the cache of `start_cache` is valid for model and text; computes nothing.
+
+    Args:
+        model: The model.
+        text: Output of the text encoder, [B, L, E].
+        frames: Latent frames of the video.
+        height: Height of the latents.
+        width: Width of the latents.
+        rollout: Settings of the roll-out.
+
+    Raises:
+        ValueError: As above.
+    """
     model.check_context(text.shape[0], text, None)
     room = cache_room(frames, rollout)
     _check_runs(model.config, cache_shape(model.config, text.shape[0], height=height, width=width, **room))

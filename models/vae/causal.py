@@ -81,7 +81,20 @@ def plain(
     *,
     both: bool = False,
 ) -> tuple[Array, ...]:
-    """The definition of `_one`, a 3-D convolution [T, H, W, D] in XLA."""
+    """The definition of `_one`, a 3-D convolution [T, H, W, D] in XLA.
+
+    Args:
+        past: The two frames before the first, [2, H, W, D]; None for a kernel with one step in time.
+        x: Frames, [T, H, W, D].
+        kernel: Weights, [3 or 1, 3, 3, D, D_out].
+        bias: [D_out].
+        added: Frames to add to the result; None: none.
+        gamma: Weights of a norm to apply to the result, with SiLU; None: no norm.
+        both: Whether to return the result before the norm, too.
+
+    Returns:
+        The result; with `both`, the result before and after the norm.
+    """
     y = lax.conv_general_dilated(
         (x if past is None else jnp.concatenate([past, x]))[None],
         kernel,

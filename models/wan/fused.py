@@ -115,7 +115,19 @@ def write_products(
     frame: Int[Array, ""],
     layer: Int[Array, ""],
 ) -> tuple[MonarchKVCache, Float[Array, "B N n d"]]:
-    """Projects the normalised input to queries, and writes a layer's keys and values into the cache."""
+    """Projects the normalised input to queries, and writes a layer's keys and values into the cache.
+
+    Args:
+        block: The layer.
+        normed: Input of the projections.
+        rope: Cosines and sines, [F, S, d/2] each.
+        cache: The cache of all layers.
+        frame: Absolute index of the block's first frame.
+        layer: Index of the layer in the cache.
+
+    Returns:
+        The cache with the block, and the rotated queries.
+    """
     attention, batch, tokens = block.self_attn, normed.shape[0], normed.shape[1] * normed.shape[2]
     projections = [(array.reshape(batch, tokens, -1), column) for array, column in attention.products(normed)]
     tables = rope[0].reshape(tokens, -1), rope[1].reshape(tokens, -1)

@@ -231,7 +231,17 @@ class WanBlock(nnx.Module):
         return [table[:, :, None, i] for i in range(6)]
 
     def modulated(self, norm, x: Array, shift: Array, scale: Array) -> Array:
-        """norm(x) * (1 + scale) + shift, computed in float32 or wider."""
+        """norm(x) * (1 + scale) + shift, computed in float32 or wider.
+
+        Args:
+            norm: Norm over the last axis.
+            x: [B, F, S, D].
+            shift: [B, F or 1, 1, D].
+            scale: As `shift`.
+
+        Returns:
+            An array like x, in the block's dtype.
+        """
         return (norm(x) * (1 + scale) + shift).astype(self.dtype)
 
     def attention_inputs(self, x: Float[Array, "B F S D"], time: Float[Array, "B T 6 D"]) -> Float[Array, "B N D"]:
