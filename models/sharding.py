@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
+from jax.typing import DTypeLike
 
 from monarchrt.models.mesh import AXES, MeshShape
 
@@ -175,7 +176,7 @@ def weight_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, weight_spec(mesh, shape))
 
 
-def whole[Tree](weights: Tree, *, dtype: Any = None) -> Tree:
+def whole[Tree](weights: Tree, *, dtype: DTypeLike | None = None) -> Tree:
     """Gathers parameters once, so that loops that use them do not gather them in every iteration.
 
     Their gradients are summed over the devices and split again. No effect without a mesh that splits weights.

@@ -235,7 +235,7 @@ def _band(query_places: Any, key_places: Any, width: int | None, sink: int) -> t
     return *places, natural("width", width), sink
 
 
-def is_even(starts: Any, size: int) -> bool:
+def is_even(starts: Sequence[int] | np.ndarray | jax.Array, size: int) -> bool:
     """Whether every block is known to hold `size` tokens or none.
 
     Examples:

@@ -386,7 +386,10 @@ class MonarchKVCache:
         self._check_filled(block.grid[0])
 
     def of_arrays(
-        self, key: Float[Array, "*layers B C b1 b2 H D"], value: Float[Array, "*layers B C b1 b2 H D"], length: Any
+        self,
+        key: Float[Array, "*layers B C b1 b2 H D"],
+        value: Float[Array, "*layers B C b1 b2 H D"],
+        length: Int[Array, ""],
     ) -> "MonarchKVCache":
         """This cache with other arrays, such as one device's part of each inside `jax.shard_map`.
 

@@ -230,7 +230,7 @@ def _split(fn: Callable[..., tuple], inputs: tuple[Axes, ...], outputs: tuple[Ax
     return run
 
 
-def named(mesh: Mesh, sharding: Any, ndim: int) -> NamedSharding:
+def named(mesh: Mesh, sharding: jax.sharding.Sharding, ndim: int) -> NamedSharding:
     """Expresses the compiler's sharding by axes of a mesh, where whole mesh axes split an axis of the array.
 
     Other splits, such as 6 tiles over half of a mesh axis of 4 devices, cannot be expressed; those axes are gathered.

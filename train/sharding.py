@@ -49,7 +49,7 @@ class Placement:
         """The sharding of each array of a state, or of a part of it."""
         return jax.tree.map(lambda leaf: self.sharding(leaf.shape), state)
 
-    def batch(self, batch: Any) -> Any:
+    def batch[Tree](self, batch: Tree) -> Tree:
         """Moves a batch to the devices, with the first axis of each array split over them; scalars are replicated."""
         places = jax.tree.map(lambda leaf: self.batch_sharding(np.shape(leaf)), batch)
         if jax.process_count() == 1:
@@ -61,7 +61,7 @@ class Placement:
 
         return jax.tree.map(put, batch, places)
 
-    def part(self, rows_of_batch: Any, *, rows: range, batch: int) -> Any:
+    def part[Tree](self, rows_of_batch: Tree, *, rows: range, batch: int) -> Tree:
         """Moves a batch to the devices of which this process has read only some rows.
 
         Args:

@@ -257,7 +257,7 @@ def create_state(roles: Mapping[str, RoleState], *, seed: int) -> TrainState:
     return TrainState(step=jnp.zeros((), jnp.int32), roles=dict(roles), rng=jax.random.key(seed))
 
 
-def update_ema(ema: Any, params: Any, step: Int[Array, ""], config: OptimizerConfig) -> Any:
+def update_ema[Tree](ema: Tree, params: Tree, step: Int[Array, ""], config: OptimizerConfig) -> Tree:
     """Updates the moving average of parameters.
 
     Args:

@@ -223,7 +223,7 @@ def _shared_by(mesh: Any) -> tuple[list[Any], int, int]:
     return list(mesh.devices.flat), mesh.shape.get("heads", 1), mesh.shape.get("fsdp", 1)
 
 
-def may_gather_ahead(objective: Objective, trainings: Mapping[str, Training], mesh: Any) -> bool:
+def may_gather_ahead(objective: Objective, trainings: Mapping[str, Training], mesh: AbstractMesh) -> bool:
     """Whether a step can gather weights a layer ahead: on GPUs that share them, if its only loops are over layers.
 
     XLA unrolls these loops by two. It would do the same to loops over parts of a batch or blocks of a roll-out, which

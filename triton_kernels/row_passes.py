@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
+import numpy as np
 
 from monarchrt.triton_kernels import missing_packages
 from monarchrt.triton_kernels.config import power_of_two
@@ -26,7 +26,7 @@ class RowConfig:
 SIZES = {"norm_rotate_write": RowConfig(rows=1, warps=2), "gated_norm": RowConfig(rows=1, warps=2)}
 
 
-def supports(dtype: Any, width: int) -> str | None:
+def supports(dtype: np.dtype, width: int) -> str | None:
     """Why the kernels cannot take rows of so many numbers, or None when they can; asks no device."""
     if reason := missing_packages():
         return reason

@@ -188,8 +188,16 @@ class Cache(Protocol):
     length: Any
     """int32 scalar, frames written so far, shared by all layers: it is stored once and set before each use."""
 
-    def append(self, key: Array, value: Array, *, frame: Any = None, layer: Any = None) -> Any:
-        """The cache with a block of frames written at `frame` of the given layer."""
+    def append(self, key: Array, value: Array, *, frame: Number = None, layer: Layer = None) -> "Cache":
+        """The cache with a block of frames written at `frame` of the given layer.
+
+        Args:
+            key: Keys of the block, [B, N, heads, head_dim], rotated.
+            value: Values, likewise.
+            frame: Absolute index of the block's first frame, which may be traced; None: the frame after the
+                newest.
+            layer: Index into the caches of several layers; None: the cache has no axis of layers.
+        """
         ...
 
 
@@ -545,6 +553,12 @@ def zero_linear(inputs: int, outputs: int, sizes: Sizes, *, rngs: nnx.Rngs) -> n
         >>> from monarchrt.models.wan import wan_config
         >>> bool(zero_linear(2, 3, wan_config("tiny"), rngs=nnx.Rngs(0))(jnp.ones((1, 2))).any())
         False
+
+    Args:
+        inputs: Width of the input.
+        outputs: Width of the output.
+        sizes: Has the dtypes of computation and parameters.
+        rngs: Random numbers that Flax asks for.
     """
     zeros = nnx.initializers.zeros_init()
     dtypes: dict[str, Any] = {"dtype": jnp.dtype(sizes.dtype), "param_dtype": jnp.dtype(sizes.param_dtype)}

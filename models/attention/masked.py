@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from monarch_jax import MonarchKVCache
 from monarch_jax.checks import brief, index
-from monarchrt.models.attention.base import NO_CONTEXT, Attention, Clip, Context, Grid, Layer, Tokens
+from monarchrt.models.attention.base import NO_CONTEXT, Attention, CacheShape, Clip, Context, Grid, Layer, Tokens
 
 SORTED = 4096  # longest row of scores that is sorted; longer rows are searched bit by bit
 ROWS = 512  # queries per chunk
@@ -270,7 +270,7 @@ class MaskedAttention(Attention):
         """The tile in whose order `attend` takes keys from this cache; None: it takes them in token order."""
         return None
 
-    def init_cache(self, shape: Any) -> Any:
+    def init_cache(self, shape: CacheShape) -> MonarchKVCache:
         """Keys and values in token order."""
         grid = (shape.frames, shape.height, shape.width)
         self.check(grid)
@@ -298,7 +298,18 @@ class MaskedAttention(Attention):
         causal_block: int | None = None,
         context: Context = NO_CONTEXT,
     ) -> Float[Array, "B n N N"]:
-        """The map, computed as the output for unit vectors as values."""
+        """The map, computed as the output for unit vectors as values.
+
+        Args:
+            query: [B, N, n, d].
+            key: As `query`.
+            grid: (frames, rows, columns) of the tokens.
+            causal_block: Frames that see each other and all earlier ones; None: all frames see each other.
+            context: Place of the call in the network and in generation.
+
+        Returns:
+            Probabilities, from queries (rows) to keys (columns).
+        """
         batch, tokens, heads, _ = query.shape
         units = jnp.broadcast_to(jnp.eye(tokens, dtype=query.dtype)[None, :, None], (batch, tokens, heads, tokens))
         self.check(grid, causal_block=causal_block)
@@ -378,6 +389,16 @@ def check_reach(kind: str, keep: float, least: float, of: str, instead: str = ""
         Traceback (most recent call last):
         ...
         ValueError: vsa: keep=0.05 is out of reach of 8 cubes; the least is 0.125, or less with smaller cubes.
+
+    Args:
+        kind: Name of the kind.
+        keep: The requested fraction.
+        least: The least that the kind can keep.
+        of: What the least follows from.
+        instead: What could be given for less.
+
+    Raises:
+        ValueError: As above; the message names them all.
     """
     if least > 2 * keep:
         instead = f", or less with {instead}" if instead else ""

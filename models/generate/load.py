@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from monarchrt.models.attention.base import Attention
 from monarchrt.models.checkpoints.hub import fetch, names_repository
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import DECODERS, EXACT_DECODER, GenerateConfig
@@ -260,7 +261,9 @@ class WanCheckpoint:
             settings = digest_of(source.config, source.few_step, source.trained, lora_settings(config))
             check_same(what.replace("weights", "settings"), lambda: settings)
 
-    def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
+    def network(
+        self, config: GenerateConfig, *, attention: Attention | tuple[Attention, ...] | None = None
+    ) -> WanModel:
         """The network."""
         from monarchrt.models.wan.checkpoints.load import load_source
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from monarch_jax.devices import cuda_capability
+from monarchrt.models.attention.base import Attention
 from monarchrt.models.errors import UserError
 from monarchrt.models.generate.config import NO_CONDITION, GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder
@@ -70,7 +71,9 @@ class Opened(Protocol):
         """Raises UserError in all processes unless all read the same weights and LoRAs."""
         ...
 
-    def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
+    def network(
+        self, config: GenerateConfig, *, attention: Attention | tuple[Attention, ...] | None = None
+    ) -> WanModel:
         """Loads the network, with its stored attention unless another is given."""
         ...
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from monarchrt.models.attention.base import Attention
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.generate.config import GenerateConfig
 from monarchrt.models.generate.decoders import FrameDecoder, PatchDecoder
@@ -96,7 +97,9 @@ class RunCheckpoint:
             settings = digest_of(self.sizes, self.run.generation, data, lora_settings(config))
             check_same(what.replace("weights", "settings"), lambda: settings)
 
-    def network(self, config: GenerateConfig, *, attention: Any = None) -> WanModel:
+    def network(
+        self, config: GenerateConfig, *, attention: Attention | tuple[Attention, ...] | None = None
+    ) -> WanModel:
         """Loads the network."""
         model = run_network(self.run, dtype="bfloat16" if config.precision in ("bf16", "fp8") else "float32")
         if self.loras:

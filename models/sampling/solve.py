@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from monarchrt.models.attention.base import Steps
 from monarchrt.models.sampling.tables import SamplerTable
 
 type Flow = Callable[..., Any]
@@ -168,7 +169,7 @@ def guided(
     return flow
 
 
-def flow_at(model: Callable[..., Array], x: Array, timesteps: Array, text: Array, *, step: Any) -> Array:
+def flow_at(model: Callable[..., Array], x: Array, timesteps: Array, text: Array, *, step: Steps) -> Array:
     """The flow of a network at a step of a sampler, on whose index the attention may depend.
 
     Examples:

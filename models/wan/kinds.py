@@ -20,7 +20,7 @@ def modules_of(block: Any) -> dict[str, Any]:
     return {} if own is None else dict(own.items())
 
 
-def make_modules(config: WanConfig, rngs: nnx.Rngs) -> Any:
+def make_modules(config: WanConfig, rngs: nnx.Rngs) -> nnx.Dict | None:
     """Creates the modules of all kinds in the attention of `config`, an `nnx.Dict` stacked over layers, or None.
 
     All settings of a kind share one module, as in `first_steps(1, kind(...), kind(...))`.

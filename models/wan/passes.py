@@ -6,10 +6,11 @@ kept and normalised twice. `plain` defines each pass; the kernels round at the s
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from monarch_jax.devices import cuda_capability
@@ -20,7 +21,7 @@ type Passes = Literal["triton", "plain"]
 type Part = tuple[Array, int]
 
 
-def check_passes(passes: str | None, dtype: Any, width: int) -> None:
+def check_passes(passes: str | None, dtype: DTypeLike, width: int) -> None:
     """Raises ValueError if the name is unknown, or the kernels are requested and do not support the dtype or width."""
     if passes not in (None, "triton", "plain"):
         raise ValueError(f"passes={passes!r} is not None, 'triton' or 'plain'.")
@@ -31,7 +32,7 @@ def check_passes(passes: str | None, dtype: Any, width: int) -> None:
             raise ValueError(f"passes='triton' cannot serve this network: {reason}")
 
 
-def default_passes(dtype: Any, width: int) -> Passes | None:
+def default_passes(dtype: DTypeLike, width: int) -> Passes | None:
     """The default for generation on one device: the kernels on Hopper, where they were measured; else None."""
     if int(cuda_capability() or 0) != 9:
         return None

@@ -9,7 +9,7 @@ differently, the student moves towards the teacher:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def nearest_level(timesteps: Float32[Array, "*n"], *, shift: float) -> Float32[A
     return jnp.asarray(grid)[index]
 
 
-def detached(network: Any) -> Any:
+def detached[Network](network: Network) -> Network:
     """The network with stopped gradients of its parameters."""
     graph, state = nnx.split(network)
     return nnx.merge(graph, jax.tree.map(lax.stop_gradient, state))

@@ -8,7 +8,7 @@ import numpy as np
 
 from monarchrt.models.attention.capture import Captured, capture
 from monarchrt.models.errors import UserError, user_input
-from monarchrt.models.generate.config import GenerateConfig
+from monarchrt.models.generate.config import GenerateConfig, Mode
 from monarchrt.models.generate.material import Material
 from monarchrt.models.generate.pipeline import VideoPipeline
 from monarchrt.train.config import to_dict
@@ -98,7 +98,7 @@ def by_block(
     return blocks, {label: [values[block] for block in blocks] for label, values in shares.items()}
 
 
-def video_material(config: MassConfig | TilesConfig, *, mode: Any = "auto") -> Material:
+def video_material(config: MassConfig | TilesConfig, *, mode: Mode = "auto") -> Material:
     """Loads what is needed to generate a study's video, as `monarchrt generate` would."""
     given = GenerateConfig(
         checkpoint=config.checkpoint,
