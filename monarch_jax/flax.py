@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -282,5 +283,15 @@ class MonarchSelfAttention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if rope is not None:
-            query, key = rope(query), rope(key)
+            query, key = _rotated(rope, query), _rotated(rope, key)
         return query, key, value
+
+
+def _rotated(rope: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """What `rope` returns for queries or keys; ValueError unless it has their shape and dtype."""
+    y = rope(x)
+    known = isinstance(y, jax.Array | np.ndarray)
+    if not known or (y.shape, y.dtype) != (x.shape, x.dtype):
+        shown = f"{y.dtype.name} {y.shape}" if known else f"a {type(y).__name__}"
+        raise ValueError(f"rope returns {shown} for {x.dtype.name} {x.shape}; it should keep shape and dtype.")
+    return jnp.asarray(y)

@@ -194,6 +194,13 @@ def test_bad_inputs_of_modules(unchecked, x, message):
         layer.extend(jnp.ones((1, 24, 16)), untyped({}))
     with pytest.raises(ValueError, match="rope=3 is not a function"):
         layer(jnp.ones((1, 24, 16)), grid=GRID, rope=untyped(3))
+    for rope, returned in (
+        (lambda t: t[:, :12], r"float32 \(1, 12, 2, 8\)"),
+        (lambda t: t.astype(jnp.bfloat16), r"bfloat16 \(1, 24, 2, 8\)"),
+        (lambda t: None, "a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=rf"rope returns {returned} for float32 \(1, 24, 2, 8\); it should keep"):
+            layer(jnp.ones((1, 24, 16)), grid=GRID, rope=untyped(rope))
 
 
 @pytest.mark.parametrize("shape", [(1, 0, 2, 8), (1, 24, 2, 0), (0, 24, 2, 8), (24, 8)])
