@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from monarchrt.models.compiling import gathers_ahead, training_options
 from monarchrt.models.processes.programs import compiled_by_all
@@ -223,7 +223,7 @@ def _shared_by(mesh: Any) -> tuple[list[Any], int, int]:
     return list(mesh.devices.flat), mesh.shape.get("heads", 1), mesh.shape.get("fsdp", 1)
 
 
-def may_gather_ahead(objective: Objective, trainings: Mapping[str, Training], mesh: AbstractMesh) -> bool:
+def may_gather_ahead(objective: Objective, trainings: Mapping[str, Training], mesh: Mesh | AbstractMesh) -> bool:
     """Whether a step can gather weights a layer ahead: on GPUs that share them, if its only loops are over layers.
 
     XLA unrolls these loops by two. It would do the same to loops over parts of a batch or blocks of a roll-out, which
