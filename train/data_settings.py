@@ -72,6 +72,13 @@ class DataConfig:
     """Mirror half of the training windows left to right."""
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_texts()
+        self._check_sizes()
+        self._check_unused()
+
+    def _check_numbers(self) -> None:
+        """Checks the range of each number by itself."""
         require(self.frames >= 1, f"frames is {self.frames}; it must be at least 1")
         require(self.stride >= 1, f"stride is {self.stride}; it must be at least 1")
         require(
@@ -81,6 +88,12 @@ class DataConfig:
         require(self.gap >= 0, f"gap is {self.gap}; it must be at least 0")
         require(self.patch >= 1, f"patch is {self.patch}; it must be at least 1, for example 4 or 8")
         require(self.rows >= 1, f"rows is {self.rows}; it must be at least 1, for example 512")
+        require(0 < self.held_out < 1, f"held_out is {self.held_out}; it must lie between 0 and 1, for example 0.2")
+        require(0 <= self.whitening <= 1, f"whitening is {self.whitening}; it must lie in [0, 1]")
+        require(1 <= self.crop <= 4, f"crop is {self.crop}; it must lie in [1, 4]")
+
+    def _check_texts(self) -> None:
+        """Checks `prompts`, which stand for data, and the settings of texts."""
         require(
             self.prompts is None or (self.video is None and self.latents is None),
             f"both prompts and {'video' if self.video is not None else 'latents'} were given; give one",
@@ -99,9 +112,9 @@ class DataConfig:
                 or getattr(self, name) == getattr(type(self), name),
                 f"{name} is {getattr(self, name)}, which is for texts, but a video has none here; leave it out",
             )
-        require(0 < self.held_out < 1, f"held_out is {self.held_out}; it must lie between 0 and 1, for example 0.2")
-        require(0 <= self.whitening <= 1, f"whitening is {self.whitening}; it must lie in [0, 1]")
-        require(1 <= self.crop <= 4, f"crop is {self.crop}; it must lie in [1, 4]")
+
+    def _check_sizes(self) -> None:
+        """Checks height and width in pixels."""
         for name in ("height", "width"):
             size = getattr(self, name)
             require(size <= LARGEST, f"{name} is {size}; it must be at most {LARGEST}")
@@ -110,13 +123,15 @@ class DataConfig:
                 f"{name} is {size}, which is not a positive multiple of patch {self.patch}; "
                 f"the nearest that is: {max(1, round(size / self.patch)) * self.patch}",
             )
+
+    def _check_unused(self) -> None:
+        """Checks that settings of videos are left out if there is none."""
         for name in ("frames", "height", "width", "fps", "stride", "patch", "whitening", "gap", "crop", "flip"):
             value = getattr(self, name)
             require(
                 self.latents is None or self.video is not None or value == getattr(type(self), name),
                 f"{name} is {value}, but latents are taken as they are in {self.latents}; leave {name} out",
             )
-
         for name in ("fps", "stride", "patch", "whitening", "gap", "crop", "flip"):
             value = getattr(self, name)
             require(

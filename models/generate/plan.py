@@ -291,19 +291,8 @@ def _check_unrolled(config: GenerateConfig) -> None:
 def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temporal: int) -> GenerateConfig:
     """The settings with the checkpoint's defaults filled in."""
     mode = defaults.mode if config.mode == "auto" else config.mode
-    if config.sampler != "auto":
-        sampler = config.sampler
-    elif mode == defaults.mode or (mode == "autoregressive" and defaults.distilled is False):
-        sampler = defaults.sampler
-    else:
-        sampler = "few-step" if mode == "autoregressive" else "unipc"
-    for name, modes in USED_IN.items():
-        value, default = getattr(config, name), getattr(GenerateConfig(), name)
-        if value not in (None, 0, default) and mode not in modes:
-            instead = "leave it out" if not default else f"use {default}"
-            raise UserError(f"{name} is {value}, for mode {' or '.join(modes)}, but mode is {mode}; {instead}")
-    if config.condition_frames is not None and (config.condition or NO_CONDITION).lower() == NO_CONDITION:
-        raise UserError(f"condition_frames is {config.condition_frames}, but there is no --condition; leave it out")
+    _check_used(config, mode)
+    sampler = _sampler(config, defaults, mode)
     few = sampler == "few-step"
     given = {name: getattr(config, name) for name in ("frames", "height", "width", "fps", "shift", "guidance", "steps")}
     filled = {
@@ -315,32 +304,65 @@ def _complete(config: GenerateConfig, defaults: Defaults, model: WanConfig, temp
         "guidance": 1.0 if few else defaults.guidance,
         "steps": (defaults.steps if few == (defaults.sampler == "few-step") else None) or (4 if few else 50),
     } | {name: value for name, value in given.items() if value is not None}
-    window = config.window
-    if mode == "windows" and window is None:
-        window = defaults.window
-        if window is None:
-            raise UserError(
-                "mode is 'windows', but there is no window; give one: monarchrt generate --mode windows --window 6"
-            )
-    sinks, known = config.sink_frames, defaults.trained
-    if mode == "autoregressive" and known is not None and known.window is not None:
-        window = known.window if window is None else window
-        sinks = known.sink_frames if sinks is None else sinks
-    trained = model.causal_block
-    if mode == "autoregressive" and None not in (config.block, trained) and config.block != trained:
-        raise UserError(f"block is {config.block}, but the model was trained on blocks of {trained}; leave it out")
-    usual = trained or (BLOCK if mode == defaults.mode else _block(config, model))
-    if mode != "autoregressive" and config.block not in (None, usual):  # `usual` is the value that videos store
-        raise UserError(f"block is {config.block}, for mode autoregressive, but mode is {mode}; leave it out")
-    block = config.block or usual
+    window, sinks = _window_and_sinks(config, defaults, mode)
+    block = _chosen_block(config, defaults, model, mode)
     alone = mode == "autoregressive" and (config.independent_first_frame or model.independent_first_frame)
     complete = dataclasses.replace(
-        config, mode=mode, sampler=sampler, window=window, sink_frames=sinks if mode == "autoregressive" else None,
+        config, mode=mode, sampler=sampler, window=window, sink_frames=sinks,
         block=block, independent_first_frame=alone, **filled,
     )  # fmt: skip
     if config.frames is None:  # the checkpoint's default is for its own mode and blocks
         complete = dataclasses.replace(complete, frames=_nearest(complete, temporal)[0])
     return complete
+
+
+def _check_used(config: GenerateConfig, mode: str) -> None:
+    """Raises UserError for settings that the mode, or a video without a condition, does not use."""
+    for name, modes in USED_IN.items():
+        value, default = getattr(config, name), getattr(GenerateConfig(), name)
+        if value not in (None, 0, default) and mode not in modes:
+            instead = "leave it out" if not default else f"use {default}"
+            raise UserError(f"{name} is {value}, for mode {' or '.join(modes)}, but mode is {mode}; {instead}")
+    if config.condition_frames is not None and (config.condition or NO_CONDITION).lower() == NO_CONDITION:
+        raise UserError(f"condition_frames is {config.condition_frames}, but there is no --condition; leave it out")
+
+
+def _sampler(config: GenerateConfig, defaults: Defaults, mode: str) -> str:
+    """The sampler: the given one, else the checkpoint's in its own mode, else the usual one of the mode."""
+    if config.sampler != "auto":
+        return config.sampler
+    if mode == defaults.mode or (mode == "autoregressive" and defaults.distilled is False):
+        return defaults.sampler
+    return "few-step" if mode == "autoregressive" else "unipc"
+
+
+def _window_and_sinks(config: GenerateConfig, defaults: Defaults, mode: str) -> tuple[int | None, int | None]:
+    """Latent frames of the window, and those that it always keeps; None: there is none."""
+    if mode == "windows":
+        window = defaults.window if config.window is None else config.window
+        if window is None:
+            raise UserError(
+                "mode is 'windows', but there is no window; give one: monarchrt generate --mode windows --window 6"
+            )
+        return window, None
+    if mode != "autoregressive":
+        return config.window, None
+    window, sinks, known = config.window, config.sink_frames, defaults.trained
+    if known is not None and known.window is not None:
+        window = known.window if window is None else window
+        sinks = known.sink_frames if sinks is None else sinks
+    return window, sinks
+
+
+def _chosen_block(config: GenerateConfig, defaults: Defaults, model: WanConfig, mode: str) -> int:
+    """Latent frames per block; videos of other modes store it too."""
+    trained = model.causal_block
+    if mode == "autoregressive" and None not in (config.block, trained) and config.block != trained:
+        raise UserError(f"block is {config.block}, but the model was trained on blocks of {trained}; leave it out")
+    usual = trained or (BLOCK if mode == defaults.mode else _block(config, model))
+    if mode != "autoregressive" and config.block not in (None, usual):
+        raise UserError(f"block is {config.block}, for mode autoregressive, but mode is {mode}; leave it out")
+    return config.block or usual
 
 
 def _block(config: GenerateConfig, model: WanConfig) -> int:

@@ -136,7 +136,7 @@ def serve_command(arguments: Sequence[str]) -> int:
     with finish_first():
         from monarchrt.models.serve.limits import Limits
         from monarchrt.models.serve.load import load_engine
-        from monarchrt.models.serve.peers import INSTALL, Ice, installed
+        from monarchrt.models.serve.peers import Ice, installed
         from monarchrt.models.serve.priority import set_priority
         from monarchrt.models.serve.server import Server, run_server
         from monarchrt.models.web.access import Address, check_port
@@ -152,18 +152,9 @@ def serve_command(arguments: Sequence[str]) -> int:
     address.context()
     limits = Limits(**{name: getattr(options, name) for name in ("sessions", "waiting", "seconds", "idle", "kept")})
     ice = Ice(servers=options.ice_servers, username=options.ice_username, credential=options.ice_credential)
-    if options.webrtc == "no" and options.ice_servers:
-        raise UserError(f"ice_servers is {' '.join(options.ice_servers)}, but webrtc is no; leave one of them out")
-    if (options.webrtc == "yes" or options.ice_servers) and not installed():
-        raise UserError(f"WebRTC was asked for, but {INSTALL}")
+    _check_webrtc(options)
     check_port(address.host, address.port)
-    try:
-        with temporary_folder():
-            pass
-    except OSError as error:
-        raise UserError(
-            f"no folder can be created for uploads and saved videos ({error}); set TMPDIR to a writable folder"
-        ) from error
+    _check_temporary_folder()
     begin = time.monotonic()
     begins = None if options.begin is None else [frames for frames in options.begin if frames]
     engine = load_engine(
@@ -182,3 +173,24 @@ def serve_command(arguments: Sequence[str]) -> int:
     run_server(server)
     say("stopped; all sessions are ended")
     return 0
+
+
+def _check_webrtc(options: ServeOptions) -> None:
+    """Raises UserError if WebRTC is asked for where it cannot be had, or refused and configured."""
+    from monarchrt.models.serve.peers import INSTALL, installed
+
+    if options.webrtc == "no" and options.ice_servers:
+        raise UserError(f"ice_servers is {' '.join(options.ice_servers)}, but webrtc is no; leave one of them out")
+    if (options.webrtc == "yes" or options.ice_servers) and not installed():
+        raise UserError(f"WebRTC was asked for, but {INSTALL}")
+
+
+def _check_temporary_folder() -> None:
+    """Raises UserError if uploads and saved videos could not be stored."""
+    try:
+        with temporary_folder():
+            pass
+    except OSError as error:
+        raise UserError(
+            f"no folder can be created for uploads and saved videos ({error}); set TMPDIR to a writable folder"
+        ) from error
