@@ -20,7 +20,6 @@ from monarchrt.models.attention.blocks import block_sizes
 from monarchrt.models.errors import UserError, user_input
 from monarchrt.models.sampling import Schedule, euler, guided, sample, uniform_schedule
 from monarchrt.models.sampling.schedules import shifted
-from monarchrt.models.wan.config import WanConfig
 from monarchrt.train.data import Batch, Source, spread
 from monarchrt.train.objectives.base import HeldOut, Metrics, Networks, Objective, Sampler
 from monarchrt.train.objectives.settings import FlowConfig
@@ -323,7 +322,7 @@ def flow_sampler(config: FlowConfig, *, steps: int = 20, start: float = 1.0) -> 
     return sampler
 
 
-def check_blocks(config: WanConfig, block: int | None, *, independent: bool, name: str, options: str = "") -> None:
+def check_blocks(config: Any, block: int | None, *, independent: bool, name: str, options: str = "") -> None:
     """Checks that the blocks of a causal network are those of the objective.
 
     Args:
