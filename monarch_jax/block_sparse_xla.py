@@ -32,6 +32,7 @@ def attend(
     dtype = accumulator_dtype(query.dtype)
     lead = (batch, heads)
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, H, N, D]
+    k, v = (x.astype(dtype) for x in (k, v))  # so that their gradients are summed over blocks of queries as such
     starts, begins = (jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in (mask.query_starts, mask.key_starts))
     lists = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape[2:])), mask.keys)
     pick = jax.vmap(jax.vmap(lambda x, at: x[at]))  # [B, H, N, ...] at [B, H, n]
@@ -60,12 +61,13 @@ def attend(
             near = (jnp.abs(mine - theirs) <= mask.width) | (theirs < mask.sink)
             whole = (listed < lists.whole[:, :, number][..., None])[..., None]
             seen &= near | jnp.broadcast_to(whole, there.shape).reshape(*lead, 1, -1)
+        keys = keys.astype(key.dtype)
         scores = jnp.einsum("bhqd,bhkd->bhqk", pick(q, rows), keys, preferred_element_type=dtype)
         scores = jnp.where(seen, scores * problem.scale, -jnp.inf)
         top = lax.stop_gradient(scores.max(-1, keepdims=True))
         weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))  # 0 where a row sees nothing
         total = weights.sum(-1, keepdims=True)
-        out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), values, preferred_element_type=dtype)
+        out = jnp.einsum("bhqk,bhkd->bhqd", weights, values)  # 16 bits would round the gradient of the weights
         return (out / jnp.where(total == 0.0, 1.0, total)).astype(query.dtype)
 
     out = lax.map(block, jnp.arange(starts.shape[-1] - 1))  # [Qb, B, H, rows, D]

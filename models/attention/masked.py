@@ -64,12 +64,11 @@ def masked_attention(
     rows = min(rows, tokens)
     chunks = -(-tokens // rows)
     there = None if visible is None else visible[None, None, None]
-    types = key.dtype, value.dtype
-    wide = key.astype(dtype), value.astype(dtype)  # gradients accumulate over chunks in this dtype
+    narrow, wide = key.dtype, (key.astype(dtype), value.astype(dtype))  # gradients accumulate over chunks in this dtype
 
     @jax.checkpoint
     def attend(numbers, part):
-        key, value = (x.astype(type) for x, type in zip(wide, types, strict=True))
+        key, value = wide[0].astype(narrow), wide[1]
         scores = jnp.einsum("bcnd,bknd->bnck", part, key, preferred_element_type=dtype) * width**-0.5
         mask = None if keep is None else keep(numbers, lax.stop_gradient(scores))
         if there is not None:
@@ -79,7 +78,7 @@ def masked_attention(
         top = lax.stop_gradient(scores.max(-1, keepdims=True))
         weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))  # 0 in rows that keep no key
         total = jnp.moveaxis(weights.sum(-1), 1, 2)[..., None]  # [B, C, n, 1]
-        out = jnp.einsum("bnck,bknd->bcnd", weights.astype(types[1]), value, preferred_element_type=dtype)
+        out = jnp.einsum("bnck,bknd->bcnd", weights, value)  # 16 bits would round the gradient of the weights
         return (out / jnp.where(total == 0.0, 1.0, total)).astype(query.dtype)
 
     # the last chunk is padded with the index of the last query; the padding's output is dropped

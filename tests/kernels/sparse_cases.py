@@ -101,9 +101,9 @@ class Case:
                 out[part] = seen[:, :, i, j, None, None]
         return out & self.near() if self.band else out
 
-    def expected(self):
-        """Output, dq, dk, dv by the formulas."""
-        q, k, v, g = (np.moveaxis(x.astype(np.float64), 2, 1) for x in self.arrays())
+    def expected(self, arrays=None):
+        """Output, dq, dk, dv by the formulas, of the case's arrays or of these."""
+        q, k, v, g = (np.moveaxis(x.astype(np.float64), 2, 1) for x in arrays or self.arrays())
         seen = self.tokens()
         scores = np.where(seen, q @ np.swapaxes(k, -1, -2) / np.sqrt(self.dim), -np.inf)
         top = scores.max(-1, keepdims=True)

@@ -73,6 +73,15 @@ class TestDefinition:
         for x, right in zip(found, case.expected(), strict=True):
             assert error(x, right) <= bound
 
+    @pytest.mark.parametrize("sharpness", [1.0, 10.0])
+    def test_sums_of_bfloat16_are_wider(self, sharpness):
+        """Gradients of sharp maps: neither those of the weights nor the sums over blocks of queries are rounded."""
+        case = dataclasses.replace(CASES["ragged"], sharpness=sharpness)
+        rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in case.arrays()]
+        found = results(case, "xla", jnp.bfloat16)
+        for x, right in zip(found, case.expected(rounded), strict=True):
+            assert error(np.asarray(x, np.float64), right) <= 3e-3
+
     def test_a_case_has_it_all(self):
         """Queries that see nothing, keys that nobody sees, blocks that are empty, seen whole, and cut."""
         case = CASES["band, ragged"]

@@ -89,9 +89,10 @@ class TestMasked:
         assert np.isfinite(jax.tree.leaves(expected)[1]).all()
         np.testing.assert_array_equal(run((q, k, v), 8)[:, 5], 0.0)  # nothing is visible there
 
-    def test_bfloat16_gradients_of_many_chunks(self):
-        """Those of keys and values are a sum over the chunks, which is not rounded chunk by chunk."""
-        x = jax.random.normal(jax.random.key(0), (4, 1, 512, 2, 16), jnp.bfloat16)
+    @pytest.mark.parametrize("sharpness", [1, 16])
+    def test_bfloat16_gradients_of_many_chunks(self, sharpness):
+        """Those of keys and values are a sum over the chunks, which is not rounded chunk by chunk; nor are weights'."""
+        x = jax.random.normal(jax.random.key(0), (4, 1, 512, 2, 16), jnp.bfloat16).at[0].multiply(sharpness)
 
         @partial(jax.jit, static_argnums=1)
         def gradients(x, rows):
@@ -100,7 +101,7 @@ class TestMasked:
 
         for mine, exact in zip(gradients(x, 8), gradients(x.astype(jnp.float32), 512), strict=True):
             error = np.linalg.norm(np.asarray(mine, np.float32) - exact) / np.linalg.norm(exact)
-            assert 1e-4 < error < 4e-3
+            assert 1e-4 < error < 2.5e-3
 
     @pytest.mark.parametrize("text", ["top_k", "svg(block=16)", "radial(decay=0.1)", "vsa(gate=False)"])
     def test_memory_is_linear_in_queries(self, text):
