@@ -142,7 +142,9 @@ def monarch_attention_1d(
     """
     query, key, value = _arrays(query, key, value)
     try:
-        b1, b2 = () if isinstance(block_sizes, Set | Mapping) else (positive("block_sizes", n) for n in block_sizes)
+        if isinstance(block_sizes, Set | Mapping):
+            raise TypeError("no order")
+        b1, b2 = (positive("block_sizes", n) for n in block_sizes)
     except (TypeError, ValueError):
         raise ValueError(f"block_sizes={brief(block_sizes)} is not two positive integers (b1, b2).") from None
     for name, x in (("query", query), ("key", key)):

@@ -287,7 +287,7 @@ class MonarchSelfAttention(nnx.Module):
         return query, key, value
 
 
-def _rotated(rope: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+def _rotated(rope: Callable[..., object], x: jax.Array) -> jax.Array:
     """What `rope` returns for queries or keys; ValueError unless it has their shape and dtype."""
     y = rope(x)
     known = isinstance(y, jax.Array | np.ndarray)

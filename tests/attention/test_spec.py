@@ -103,7 +103,7 @@ def test_bad_block_sizes(unchecked):
     with pytest.raises(ValueError, match=r"block_sizes=\(0, 4\) is not two positive integers"):
         monarch_attention_1d(q, k, v, block_sizes=(0, 4))
     with pytest.raises(ValueError, match=r"block_sizes={.*} is not two positive integers"):
-        monarch_attention_1d(q, k, v, block_sizes={4, 6})
+        monarch_attention_1d(q, k, v, block_sizes=untyped({4, 6}))
     with pytest.raises(ValueError, match=r"block_sizes=6 is not two positive integers"):
         monarch_attention_1d(q, k, v, block_sizes=untyped(6))
     with pytest.raises(ValueError, match=r"query has shape \(24, 1, 16\); it should be \[batch"):

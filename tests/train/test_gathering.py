@@ -1,12 +1,12 @@
 """Weights that are gathered a layer ahead, where that fits. The program itself: test_compiled_step.py."""
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from monarchrt.models.checkpoints.tensor_files import write_arrays
 from monarchrt.train import programs, step
@@ -41,7 +41,8 @@ def test_ahead_where_it_leaves_a_tenth(taken, there, ahead):
 def test_only_loops_over_layers_are_changed(monkeypatch):
     """Not with parts of a batch or blocks of a roll-out around them, whose turns would be put together as well."""
     monkeypatch.setattr(step, "gathers_ahead", lambda devices, fsdp: fsdp == 2)
-    mesh = SimpleNamespace(devices=np.array(["a", "b"]), shape={"fsdp": 2})
+    devices = np.array(2 * jax.devices()[:1])
+    mesh = Mesh(devices, ("fsdp",))
 
     def may(objective: type[Any] = FlowConfig, accumulation=1, shared=mesh):
         settings = OptimizerConfig(accumulation=accumulation)
@@ -51,7 +52,7 @@ def test_only_loops_over_layers_are_changed(monkeypatch):
     assert may()
     assert may(DMDConfig)
     assert not any((may(SelfForcingConfig), may(accumulation=2)))
-    assert not may(shared=SimpleNamespace(devices=mesh.devices, shape={"data": 2}))
+    assert not may(shared=Mesh(devices, ("data",)))
 
 
 @pytest.fixture
