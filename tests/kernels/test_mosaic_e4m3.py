@@ -108,8 +108,9 @@ def test_numbers_in_the_interpreter(monkeypatch, shape, key_tiles, visible, size
     ("queries", "values"),
     [
         (1.0, 1e-20),
-        (1e-3, 1e15),
-        (8.0, np.array([0.0, 1e6, 1.0, 1e-9]).reshape(1, 2, 2, 1, 1, 1)),  # of each key row, zeros beside 1e6
+        pytest.param(1e-3, 1e15, marks=pytest.mark.slow),
+        # of each key row, zeros beside 1e6
+        pytest.param(8.0, np.array([0.0, 1e6, 1.0, 1e-9]).reshape(1, 2, 2, 1, 1, 1), marks=pytest.mark.slow),
     ],
 )
 def test_scales_far_apart(monkeypatch, queries, values):
