@@ -284,13 +284,7 @@ FAULTS = (
         ("tests/models/attention/test_notation.py",),
         "other_ways",
     ),
-    Fault(
-        "train/run_folder.py",
-        "return str(parse(value))",
-        "return value",
-        ("tests/train/test_command_line.py",),
-        "written_otherwise",
-    ),
+    Fault("train/run_folder.py", "return str(parse(value))", "return value", COMMANDS, "written_otherwise"),
     Fault("monarch_jax/checks.py", "if abs(factor) > LARGEST_SCALE", "if factor > LARGEST_SCALE", SPEC),
     Fault("models/attention/listed.py", "if x.shape[:2] == (1, 1)", "if x.shape[0] == 1", LISTED, "heads_first"),
     Fault(
